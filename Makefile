@@ -1,0 +1,50 @@
+# Every target works from a bare clone; the environment is made when needed.
+PYTHON ?= python3
+BIN := .venv/bin
+# Two notebook workers share the cores, so each gets half of them. Two thread
+# pools that compete for the same cores are several times slower than that.
+THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 1 )))
+
+.PHONY: help install run test lab notebooks student clean
+
+help:
+	@echo "make run        the tour, on the bundled student: a table and a page"
+	@echo "make test       notebooks clean and in sync, every notebook, tests/"
+	@echo "make lab        JupyterLab on the notebooks"
+	@echo "make install    only the environment (run and test make it too)"
+	@echo "make notebooks  run the notebooks, keep their outputs, render README"
+	@echo "make student    pre-train the student into _build/student (an hour)"
+	@echo "make clean      remove the environment and everything built"
+
+install: .venv/installed
+
+.venv/installed: settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "tiny_reason needs Python 3.11 or newer, this is %d.%d; try make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+run: install
+	$(BIN)/python run_index.py
+
+test: install
+	$(BIN)/python -m pytest -q tests/test_sync.py
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/nbdev_test --path . --n_workers 2 --timing
+	@echo "$$(ls index.ipynb nbs/*.ipynb | wc -l) notebooks ran from top to bottom"
+	$(BIN)/python -m pytest -q -rs tests
+
+lab: install
+	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.
+
+notebooks: install
+	TQDM_DISABLE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error \
+	$(BIN)/jupyter nbconvert --to notebook --inplace --execute nbs/*.ipynb index.ipynb
+	$(BIN)/nbdev_clean --fname .
+	$(BIN)/nbdev_export
+	$(BIN)/python run_index.py --readme
+
+student: install
+	$(BIN)/python -c "from tiny_reason.pretrain import pretrain; pretrain('_build/student')"
+
+clean:
+	rm -rf .venv _build build dist outputs *.egg-info
