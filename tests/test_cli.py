@@ -1,0 +1,268 @@
+"The command line from outside: real processes, real signals, real pipes."
+import json, os, signal, subprocess, sys, time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tiny_reason import cli
+
+COMMAND = [sys.executable, "-m", "tiny_reason.cli"]
+SHORT = ["--num_samples", "40", "--warmup_steps", "1", "--eval_steps", "2",
+         "--save_steps", "2"]
+KEYS = [f"{section}.{f.name}" for section, part in cli.SECTIONS.items()
+        for f in fields(part)]
+
+
+def run(*args, **kwargs):
+    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True,
+                          text=True, timeout=120, **kwargs)
+
+
+def refused(capsys, *args):
+    "The one sentence on stderr of a command that exits with 2."
+    assert cli.main(list(map(str, args))) == 2
+    text = capsys.readouterr().err.strip()
+    assert text.startswith("tiny_reason: ") and "\n" not in text
+    return text
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    "A folder with a two-layer model of Qwen2's architecture, random weights."
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from tiny_reason.model import find_base, load_tokenizer
+    student, folder = find_base("student")[0], tmp_path_factory.mktemp("base")
+    config = AutoConfig.from_pretrained(student)
+    config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    load_tokenizer(student).save_pretrained(folder)
+    return folder
+
+
+# Wrong arguments
+
+def test_help_loads_no_torch():
+    code = ("import sys, tiny_reason.cli as c\n"
+            "codes = [c.main(a) for a in (['--help'], ['train', '--help'],"
+            " ['chat', '--help'], ['train', '--max_step', '3'])]\n"
+            "heavy = {'torch', 'transformers', 'trl', 'datasets', 'peft'}\n"
+            "print(codes, sorted(heavy & set(sys.modules)))")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True,
+                         text=True, timeout=60)
+    assert out.stdout.strip().splitlines()[-1] == "[0, 0, 0, 2] []"
+
+
+def test_a_real_process_exits_with_2_and_one_line():
+    out = run("train", "--learning_rat", "1e-3")
+    assert out.returncode == 2 and out.stdout == ""
+    assert out.stderr == ("tiny_reason: unknown flag --learning_rat; did you "
+                          "mean --learning_rate?\n")
+
+
+@pytest.mark.parametrize("args, words", [
+    ([], "name a command"),
+    (["trian"], "'train'"),
+    (["train", "--config", "studnet"], "'student'"),
+    (["train", "--config", "qwen2.5-1.5"], "'qwen2.5-1.5b'"),
+    (["train", "--config", "no/such.yaml"], "no/such.yaml"),
+    (["train", "--learning_rate", "abc"], "between 0 and 1"),
+    (["train", "--learning_rate", "nan"], "between 0 and 1"),
+    (["train", "--learning_rate", "inf"], "between 0 and 1"),
+    (["train", "--max_steps", "-1"], "whole number above 0"),
+    (["train", "--max_steps", "2.5"], "whole number above 0"),
+    (["train", "--validation_split", "1"], "between 0 and 1"),
+    (["train", "--lora.dropout", "1"], "below 1"),
+    (["train", "--model.device", "gpu"], "cuda"),
+    (["train", "--model.four_bit", "3"], "true or false"),
+    (["train", "--data.style", "thinking"], "think, instruction"),
+    (["train", "--lora_r"], "expected one argument"),
+    (["train", "student"], "student"),
+    (["evaluate", "--resume"], "unknown flag --resume"),
+    (["chat", "--temperature", "-1"], "0 or more"),
+])
+def test_wrong_arguments(args, words, capsys):
+    assert words in refused(capsys, *args)
+
+
+def mistyped(key):
+    "One-letter slips in the last part of a dotted key."
+    section, name = key.split(".")
+    middle = len(name) // 2
+    for slip in (name[:middle] + name[middle + 1:], name + name[-1],
+                 name[:middle] + "x" + name[middle + 1:]):
+        if len(name) > 2: yield f"{section}.{slip}"
+
+
+@pytest.mark.parametrize("key", [k for k in KEYS if k != "lora.r"])
+def test_typos_in_a_file_and_in_a_flag(key, tmp_path, capsys):
+    for wrong in mistyped(key):
+        section, slip = wrong.split(".")
+        path = tmp_path / "my.yaml"
+        path.write_text(yaml.safe_dump({section: {slip: 1}}))
+        assert f"did you mean {key}?" in refused(capsys, "train", "--config",
+                                                 path)
+        assert f"did you mean --{key}?" in refused(capsys, "train",
+                                                   f"--{wrong}", "1")
+
+
+@pytest.mark.parametrize("flag", cli.FLAT.values())
+def test_typos_in_a_short_flag(flag, capsys):
+    slip = flag[:-2] + flag[-1]
+    assert f"did you mean {flag}" in refused(capsys, "info", slip, "1")
+
+
+@pytest.mark.parametrize("text, words", [
+    ("trainig: {max_steps: 3}", "'training'"),
+    ("training: {r: 8}", "lora.r"),
+    ("training: 3", "expected keys and values"),
+    ("- 3", "expected sections"),
+    ("lora: {r: 8, r: 9}", "stands 2 times"),
+    ("lora: {r: 8}\nlora: {alpha: 9}", "stands 2 times"),
+    ("lora: &a {r: 8}\nmodel: *a", "aliases"),
+    ("project: {name: !!python/object/apply:os.getcwd []}", "line 1"),
+    ("project: {name: [", "line"),
+    ("training: {max_steps: yes}", "whole number above 0"),
+    ("training: {max_steps: null}", "whole number above 0"),
+    ("training: {learning_rate: .inf}", "between 0 and 1"),
+])
+def test_unsound_files(text, words, tmp_path, capsys):
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    said = refused(capsys, "train", "--config", path)
+    assert words in said and str(path) in said
+
+
+# What is meant
+
+def test_flags_beat_the_file_wherever_they_stand():
+    for argv in (["train", "--max_steps", "6", "--config", "student"],
+                 ["train", "--config=student", "--training.max_steps=6"]):
+        _, settings = cli.parse(argv)
+        assert settings.training.max_steps == 6
+        assert settings.training.learning_rate == 4e-3
+        assert type(settings.training.max_steps) is int
+
+
+def test_every_bundled_configuration_is_sound():
+    folder = Path(cli.__file__).parent / "configs"
+    names = sorted(p.stem for p in folder.glob("*.yaml"))
+    assert names == ["qwen2.5-1.5b", "student", "tinyllama-1.1b"]
+    for name in names:
+        _, settings = cli.parse(["train", "--config", name])
+        t = settings.training
+        assert t.batch_size * t.gradient_accumulation_steps == 8
+        assert (t.max_steps, t.warmup_steps, t.eval_steps) == (250, 50, 50)
+        assert (settings.lora.r, settings.lora.alpha) == (16, 32)
+
+
+def test_the_resolved_configuration_gives_itself(tmp_path):
+    path = tmp_path / "config.yaml"
+    _, settings = cli.parse(["train", "--config", "qwen2.5-1.5b",
+                             "--lora.target_modules", '["q_proj"]'])
+    path.write_text(yaml.safe_dump(cli.plain(settings)))
+    _, again = cli.parse(["train", "--config", str(path)])
+    assert cli.plain(again) == cli.plain(settings)
+
+
+# Errors of a run
+
+def test_expected_errors_are_one_sentence(tmp_path, capsys, monkeypatch):
+    args = ["train", "--config", "student", "--output_dir", str(tmp_path),
+            "--data.source", str(tmp_path / "none.jsonl"), "--max_steps", "2"]
+    assert cli.main(args) == 1
+    text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert text.startswith("tiny_reason: no problems at")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("TINY_REASON_DEBUG", "1")
+    with pytest.raises(FileNotFoundError): cli.main(args)
+
+
+def test_a_cuda_device_that_is_not_there(capsys):
+    import torch
+    if torch.cuda.is_available(): pytest.skip("there is a CUDA device")
+    args = ["info", "--config", "student", "--model.device", "cuda"]
+    assert cli.main(args) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+# The whole way round
+
+def test_train_evaluate_chat(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    usual = ["--config", "student", "--model.name", str(base)]
+    assert cli.main(["info", *usual]) == 0
+    assert "memory:" in capsys.readouterr().out
+
+    train = ["train", *usual, *SHORT, "--max_steps", "4"]
+    assert cli.main(train) == 0
+    out = capsys.readouterr().out
+    assert "36 to train on, 4 to validate" in out
+    assert "next: tiny_reason evaluate --config" in out
+    folder = tmp_path / "outputs" / "student"
+    assert (folder / "adapter_model.safetensors").is_file()
+    kept = (folder / "adapter_model.safetensors").read_bytes()
+    assert cli.main(train) == 1 # nothing is lost unless somebody says so
+    assert "--overwrite" in capsys.readouterr().err
+    assert (folder / "adapter_model.safetensors").read_bytes() == kept
+    assert cli.main([*train, "--overwrite"]) == 0
+    card = folder / "config.yaml"
+    assert yaml.safe_load(card.read_text())["training"]["max_steps"] == 4
+
+    assert cli.main(["evaluate", "--config", str(card), "--test_samples", "6",
+                     "--max_new_tokens", "12"]) == 0
+    out = capsys.readouterr().out
+    for word in ("familiar", "taught", "combined", "base, question",
+                 "tuned, think", "95 % interval", "p against"):
+        assert word in out
+    for name in ("base-think", "base-question", "tuned-think"):
+        rows = (folder / f"{name}.jsonl").read_text().splitlines()
+        assert len(rows) == 6 and "correct" in json.loads(rows[0])
+
+    # The adapter belongs to another base: a sentence, not a mismatch of shapes
+    assert cli.main(["evaluate", "--config", "student"]) == 1
+    assert "was made for" in capsys.readouterr().err
+
+    # A pipe, in a process of its own, without noise
+    out = run("chat", "--config", card, "--max_new_tokens", "8",
+              input="Nora has 2 eggs. How many?\n", cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    assert "answer: " in out.stdout and out.stderr == ""
+
+
+def test_chat_without_an_adapter_says_so(base, tmp_path, capsys):
+    assert cli.main(["chat", "--config", "student", "--model.name", str(base),
+                     "--output_dir", str(tmp_path), "--prompt", "2 eggs?",
+                     "--max_new_tokens", "4"]) == 0
+    said = capsys.readouterr()
+    assert "no adapter" in said.err and "answer: " in said.out
+
+
+def test_ctrl_c_says_how_to_go_on(base, tmp_path, capsys):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [*COMMAND, "train", "--config", "student", "--model.name", str(base),
+         *SHORT, "--max_steps", "5000", "--output_dir", str(out)],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        until = time.time() + 90
+        while not list(out.glob("checkpoint-*/trainer_state.json")):
+            assert process.poll() is None and time.time() < until
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally: process.kill()
+    assert process.returncode == 130 and "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert "tiny_reason: interrupted." in last
+    assert f"train --config {out}/config.yaml --resume" in last
+
+    again = ["train", "--config", str(out / "config.yaml")]
+    assert cli.main(again) == 1
+    assert "add --resume" in capsys.readouterr().err
+    done = max(int(p.name[11:]) for p in out.glob("checkpoint-*"))
+    assert cli.main([*again, "--resume", "--max_steps", str(done + 2)]) == 0
+    assert f"trained: {done + 2} steps" in capsys.readouterr().out
