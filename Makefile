@@ -37,11 +37,9 @@ lab: install
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.
 
 notebooks: install
-	TQDM_DISABLE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error \
-	$(BIN)/jupyter nbconvert --to notebook --inplace --execute nbs/*.ipynb index.ipynb
+	$(BIN)/python run_index.py nbs/*.ipynb index.ipynb
 	$(BIN)/nbdev_clean --fname .
 	$(BIN)/nbdev_export
-	$(BIN)/python run_index.py --readme
 
 student: install
 	$(BIN)/python -c "from tiny_reason.pretrain import pretrain; pretrain('_build/student')"

@@ -1,4 +1,4 @@
-"Execute index.ipynb with its progress in the terminal; the work of `make run`."
+"Execute notebooks with their progress in the terminal: `make run`, `make notebooks`."
 import json
 import re
 import sys
@@ -30,30 +30,49 @@ def heading(nb, index):
     return ""
 
 
-def execute():
-    "Run the page in a fresh kernel; write it to `_build/` as notebook and HTML."
-    nb = nbformat.read("index.ipynb", as_version=4)
-    total = len(nb.cells)
+def execute(path):
+    "Run a notebook in a fresh kernel; its progress bars are not kept."
+    nb = nbformat.read(path, as_version=4)
     seen = []
 
     def announce(cell, cell_index):
         title = heading(nb, cell_index)
         if title not in seen:
             seen.append(title)
-            print(f"[{cell_index + 1:2}/{total}] {title}", file=sys.stderr)
+            print(f"[{cell_index + 1:2}/{len(nb.cells)}] {title}",
+                  file=sys.stderr)
 
-    client = TerminalClient(nb, timeout=None, kernel_name="python3",
-                            on_cell_start=announce)
+    client = TerminalClient(
+        nb, timeout=None, kernel_name="python3", on_cell_start=announce,
+        resources={"metadata": {"path": str(path.parent)}})
     try: client.execute()
     except CellExecutionError as error:
-        sys.exit(f"index.ipynb stopped: {error.ename}: {error.evalue}")
-    BUILD.mkdir(exist_ok=True)
-    # The progress bars were for the terminal, not for the page.
+        sys.exit(f"{path} stopped: {error.ename}: {error.evalue}")
     for cell in nb.cells:
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = [o for o in cell.outputs
+                            if o.get("name") != "stderr"]
+    return nb
+
+
+def run():
+    "Execute the tour into `_build/` and print its result."
+    nb = execute(Path("index.ipynb"))
+    BUILD.mkdir(exist_ok=True)
     page, _ = HTMLExporter(embed_images=True).from_notebook_node(nb)
     (BUILD / "index.html").write_text(page)
+    result = json.loads((BUILD / "run.json").read_text())
+    print("\n" + table(result))
+    print(f"\ntrained in {result['train_seconds']:.0f} s at "
+          f"{result['tokens_per_second']:,.0f} tokens/s, "
+          f"peak memory {result['peak_bytes'] / 1e6:,.0f} MB")
+    print(f"page: {BUILD / 'index.html'}   figures: {BUILD / 'run.json'}")
+
+
+def keep(names):
+    "Execute notebooks in place and render README.md; for `make notebooks`."
+    for name in names: nbformat.write(execute(Path(name)), name)
+    render_readme()
 
 
 def table(result):
@@ -85,11 +104,4 @@ def render_readme():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--readme"]: sys.exit(render_readme())
-    execute()
-    result = json.loads((BUILD / "run.json").read_text())
-    print("\n" + table(result))
-    print(f"\ntrained in {result['train_seconds']:.0f} s at "
-          f"{result['tokens_per_second']:,.0f} tokens/s, "
-          f"peak memory {result['peak_bytes'] / 1e6:,.0f} MB")
-    print(f"page: {BUILD / 'index.html'}   figures: {BUILD / 'run.json'}")
+    keep(sys.argv[1:]) if sys.argv[1:] else run()

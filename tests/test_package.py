@@ -1,0 +1,52 @@
+"The wheel holds all it needs, and trains without the tools of development."
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+TRAIN = """
+import sys
+for name in ("nbdev", "fastcore", "execnb", "jupyter", "jupyterlab",
+             "notebook", "nbclient", "pytest"):
+    sys.modules[name] = None # importing it now fails
+import tiny_reason
+assert "torch" not in sys.modules
+assert tiny_reason.__file__.startswith(sys.argv[1]), tiny_reason.__file__
+from tiny_reason import cli, data, demo, eval, model, pretrain, train
+base, tokenizer = model.load_base("student", device="cpu")
+rows, held, report = data.prepare("arithmetic", 40, tokenizer=tokenizer)
+args = train.sft_config(sys.argv[2], device="cpu", max_steps=2, eval_steps=1,
+                        save_steps=1)
+run = train.train(model.add_lora(base), tokenizer, rows, held, args)
+assert run.steps == 2 and run.best_checkpoint
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(copy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps",
+                    "-w", out, copy], check=True)
+    return next(out.glob("*.whl"))
+
+
+def test_wheel_holds_configs_and_student(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for needed in ("stories.yaml", "configs/student.yaml",
+                   "configs/qwen2.5-1.5b.yaml", "student/model.safetensors",
+                   "student/tokenizer.json", "student/chat_template.jinja"):
+        assert f"tiny_reason/{needed}" in names
+    assert not [n for n in names if n.startswith(("nbs", "tests"))]
+
+
+def test_trains_without_development_tools(wheel, tmp_path):
+    target = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps",
+                    "--target", target, wheel], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, str(target), str(tmp_path / "run")],
+        cwd=tmp_path, env={"PYTHONPATH": str(target), "PATH": "/usr/bin:/bin",
+                           "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
