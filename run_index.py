@@ -1,6 +1,7 @@
 "Execute notebooks with their progress in the terminal: `make run`, `make notebooks`."
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def execute(path):
 def run():
     "Execute the tour into `_build/` and print its result."
     nb = execute(Path("index.ipynb"))
+    nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
     BUILD.mkdir(exist_ok=True)
     page, _ = HTMLExporter(embed_images=True).from_notebook_node(nb)
     (BUILD / "index.html").write_text(page)
@@ -92,15 +94,23 @@ def table(result):
 
 
 def render_readme():
-    "README.md and its picture from the committed index.ipynb."
+    "README.md and its pictures: texts and outputs of the committed tour."
     nb = nbformat.read("index.ipynb", as_version=4)
-    nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
-    text, resources = MarkdownExporter().from_notebook_node(
+    nb.cells = [c for c in nb.cells
+                if not c.source.startswith(("#| hide", "#| readme: false"))]
+    text, resources = MarkdownExporter(exclude_input=True).from_notebook_node(
         nb, {"output_files_dir": "README_files", "unique_key": "index"})
+    shutil.rmtree("README_files", ignore_errors=True)
     for name, data in resources["outputs"].items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(data)
-    Path("README.md").write_text(text.strip() + "\n")
+    # GitHub shows the text of a style element instead of obeying it.
+    text = re.sub(r"<style scoped>.*?</style>\n?", "", text, flags=re.S)
+    for cell in nb.cells:
+        for alt in re.findall(r"^# alt: (.+)$", cell.source, re.M):
+            text = text.replace("![png]", f"![{alt}]", 1)
+    note = "<!-- Rendered from index.ipynb by `make notebooks`. -->\n"
+    Path("README.md").write_text(note + text.strip() + "\n")
 
 
 if __name__ == "__main__":
