@@ -10,7 +10,7 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 
 from tiny_reason.data import (SYSTEM_PROMPT, encode_problems, encode_texts,
-                              prepare)
+                              make_problems, prepare)
 
 
 def plain(tokenizer):
@@ -74,6 +74,9 @@ def main():
     for name, s in median.items():
         print(f"| {name} | {s:.2f} | {len(data) / s:,.0f} "
               f"| {slowest / s:.1f} |")
+    start = time.perf_counter()
+    make_problems(10_000)
+    print(f"\n10,000 generated problems: {time.perf_counter() - start:.2f} s")
 
 
 if __name__ == "__main__":

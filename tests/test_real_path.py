@@ -23,11 +23,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tiny_reason.data import build_prompt, load_problems, prepare
 from tiny_reason.eval import evaluate
-from tiny_reason.model import add_lora, load_base, load_tuned, merge
+from tiny_reason.model import (add_lora, load_base, load_tuned, loaded_bytes,
+                               memory_budget, merge)
 from tiny_reason.train import save_run, sft_config, train
 
 qwen, out = "Qwen/Qwen2.5-1.5B-Instruct", Path(sys.argv[1])
 config = AutoConfig.from_pretrained(qwen)
+whole = memory_budget(config) # of the published configuration, 28 layers
+assert whole["adapters"] == 4 * 18_464_768
+assert 2 * whole["NF4 codes"] == 1_310_195_712
 config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
 torch.manual_seed(0)
 base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -53,6 +57,9 @@ for text in controls:
 tuned = add_lora(model)
 assert {p.dtype for p in tuned.parameters() if p.requires_grad} == {
     torch.float32}
+counted = loaded_bytes(tuned)
+predicted = memory_budget(model.config, dtype=torch.float32)
+assert counted == {row: predicted[row] for row in counted}
 args = sft_config(str(out / "run"), device="cpu", max_steps=3, eval_steps=3,
                   save_steps=3, warmup_steps=1, logging_steps=1,
                   per_device_train_batch_size=2)
