@@ -5,15 +5,16 @@ BIN := .venv/bin
 # pools that compete for the same cores are several times slower than that.
 THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 1 )))
 
-.PHONY: help install run test lab notebooks student clean
+.PHONY: help install run test lab demo notebooks student clean
 
 help:
 	@echo "make run        the tour, on the bundled student: a table and a page"
 	@echo "make test       notebooks clean and in sync, every notebook, tests/"
 	@echo "make lab        JupyterLab on the notebooks"
+	@echo "make demo       the widget as a page of its own, on 127.0.0.1:8866"
 	@echo "make install    only the environment (run and test make it too)"
 	@echo "make notebooks  run the notebooks, keep their outputs, render README"
-	@echo "make student    pre-train the student into _build/student (an hour)"
+	@echo "make student    pre-train the student into _build/student (over an hour)"
 	@echo "make clean      remove the environment and everything built"
 
 install: .venv/installed
@@ -35,6 +36,9 @@ test: install
 
 lab: install
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.
+
+demo: install
+	$(BIN)/voila nbs/app.ipynb --Voila.ip=127.0.0.1 --port=8866
 
 notebooks: install
 	$(BIN)/python run_index.py nbs/*.ipynb index.ipynb

@@ -1,4 +1,5 @@
 "Execute notebooks with their progress in the terminal: `make run`, `make notebooks`."
+import copy
 import json
 import re
 import shutil
@@ -59,10 +60,7 @@ def execute(path):
 def run():
     "Execute the tour into `_build/` and print its result."
     nb = execute(Path("index.ipynb"))
-    nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
-    BUILD.mkdir(exist_ok=True)
-    page, _ = HTMLExporter(embed_images=True).from_notebook_node(nb)
-    (BUILD / "index.html").write_text(page)
+    write_page(nb, "index")
     result = json.loads((BUILD / "run.json").read_text())
     print("\n" + table(result))
     print(f"\ntrained in {result['train_seconds']:.0f} s at "
@@ -71,9 +69,28 @@ def run():
     print(f"page: {BUILD / 'index.html'}   figures: {BUILD / 'run.json'}")
 
 
+def write_page(nb, stem):
+    "A page of an executed notebook for reading; controls need a kernel."
+    nb = copy.deepcopy(nb)
+    nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
+    nb.metadata.pop("widgets", None) # their JavaScript comes from a CDN
+    for cell in nb.cells:
+        for output in cell.get("outputs", []):
+            if "application/vnd.jupyter.widget-view+json" in output.get(
+                    "data", {}):
+                output["data"] = {"text/plain":
+                                  "(controls, alive where a kernel runs)"}
+    BUILD.mkdir(exist_ok=True)
+    page, _ = HTMLExporter(embed_images=True).from_notebook_node(nb)
+    (BUILD / f"{stem}.html").write_text(page)
+
+
 def keep(names):
     "Execute notebooks in place and render README.md; for `make notebooks`."
-    for name in names: nbformat.write(execute(Path(name)), name)
+    for name in map(Path, names):
+        nb = execute(name)
+        nbformat.write(nb, name)
+        write_page(nb, name.stem)
     render_readme()
 
 

@@ -78,10 +78,13 @@ def test_a_real_process_exits_with_2_and_one_line():
     (["train", "--lora.dropout", "1"], "below 1"),
     (["train", "--model.device", "gpu"], "cuda"),
     (["train", "--model.four_bit", "3"], "true or false"),
-    (["train", "--data.style", "thinking"], "think, instruction"),
+    (["train", "--data.style", "thinking"], "think or instruction"),
+    (["train", "--data.calculator", "drop"], "strip or keep"),
+    (["train", "--config", "student", "--save_steps", "30"],
+     "multiple of training.eval_steps"),
     (["train", "--lora_r"], "expected one argument"),
     (["train", "student"], "student"),
-    (["evaluate", "--resume"], "unknown flag --resume"),
+    (["chat", "--resume"], "unknown flag --resume"),
     (["chat", "--temperature", "-1"], "0 or more"),
 ])
 def test_wrong_arguments(args, words, capsys):
@@ -128,6 +131,11 @@ def test_typos_in_a_short_flag(flag, capsys):
     ("training: {max_steps: yes}", "whole number above 0"),
     ("training: {max_steps: null}", "whole number above 0"),
     ("training: {learning_rate: .inf}", "between 0 and 1"),
+    ("learning_rate: 1e-3", "'training.learning_rate'"),
+    ("lora: {s: 8}", "lora.r?"),
+    ("lora: {rr: 8}", "lora.r?"),
+    ("[" * 3000, "my.yaml"),
+    ("training: {max_steps: 1" + "0" * 5000 + "}", "my.yaml"),
 ])
 def test_unsound_files(text, words, tmp_path, capsys):
     path = tmp_path / "my.yaml"
@@ -221,6 +229,34 @@ def test_train_evaluate_chat(base, tmp_path, capsys, monkeypatch):
     for name in ("base-think", "base-question", "tuned-think"):
         rows = (folder / f"{name}.jsonl").read_text().splitlines()
         assert len(rows) == 6 and "correct" in json.loads(rows[0])
+    for name in ("summary.json", "table.md", "accuracy.png"):
+        assert (folder / name).stat().st_size > 0
+    records = [str(folder / f"{n}.jsonl") for n in ("base-think",
+                                                    "tuned-think")]
+    assert cli.main(["evaluate", "--compare", *records]) == 0
+    assert "| tuned-think | 6 |" in capsys.readouterr().out
+    assert cli.main(["evaluate", "--compare", "no.jsonl"]) == 1
+    assert "no.jsonl" in capsys.readouterr().err
+
+    # --resume asks only what is missing; --limit asks less
+    kept = [json.loads(line) for line in Path(records[0]).read_text()
+            .splitlines()]
+    Path(records[0]).write_text("".join(json.dumps(r) + "\n"
+                                        for r in kept[:4]) + '{"torn')
+    again = ["evaluate", "--config", str(card), "--max_new_tokens", "12",
+             "--resume"]
+    assert cli.main([*again, "--limit", "6"]) == 0
+    assert [json.loads(line) for line in Path(records[0]).read_text()
+            .splitlines()][:4] == kept[:4]
+    assert cli.main([*again, "--limit", "3"]) == 0
+    assert len(Path(records[0]).read_text().splitlines()) == 3
+    capsys.readouterr()
+
+    # Problems without answers are answered all the same
+    (tmp_path / "open.jsonl").write_text('{"question": "2 eggs and 3?"}\n')
+    assert cli.main(["evaluate", "--config", str(card), "--max_new_tokens",
+                     "4", "--data.test_source", "open.jsonl"]) == 0
+    assert "not graded" in capsys.readouterr().out
 
     # The adapter belongs to another base: a sentence, not a mismatch of shapes
     assert cli.main(["evaluate", "--config", "student"]) == 1
@@ -239,6 +275,41 @@ def test_chat_without_an_adapter_says_so(base, tmp_path, capsys):
                      "--max_new_tokens", "4"]) == 0
     said = capsys.readouterr()
     assert "no adapter" in said.err and "answer: " in said.out
+
+
+def test_chat_in_a_terminal(base, tmp_path):
+    "Keys, commands and Ctrl-C on a real terminal device."
+    pexpect = pytest.importorskip("pexpect") # comes with Jupyter
+    from tiny_reason.model import add_lora, load_base
+    model, tokenizer = load_base(str(base), device="cpu")
+    add_lora(model).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    args = ["-m", "tiny_reason.cli", "chat", "--config", "student",
+            "--model.name", str(base), "--adapter_path", str(tmp_path),
+            "--max_new_tokens", "1900", "--temperature", "1.5"]
+    terminal = pexpect.spawn(sys.executable, args, timeout=90,
+                             encoding="utf-8", dimensions=(24, 200))
+    try:
+        terminal.expect_exact("tuned> ")
+        terminal.sendline("/base")
+        terminal.expect_exact("base> ")
+        terminal.sendline("Nora has 12 eggs?")
+        terminal.expect_exact("eggs?\r\n")
+        terminal.delaybeforesend = None
+        terminal.expect(r"\S") # the seed makes it long enough to stop it
+        terminal.sendintr()
+        terminal.expect_exact("(stopped)")
+        terminal.expect_exact("base> ")
+        terminal.send("\x1b[A") # arrow up
+        terminal.expect_exact("Nora has 12 eggs?")
+        terminal.send("\x15/greedy\r") # Ctrl-U empties the line
+        terminal.expect_exact("temperature 0.0")
+        terminal.expect_exact("base> ")
+        terminal.sendline("quit")
+        terminal.expect(pexpect.EOF)
+        terminal.close()
+        assert terminal.exitstatus == 0
+    finally: terminal.close(force=True)
 
 
 def test_ctrl_c_says_how_to_go_on(base, tmp_path, capsys):

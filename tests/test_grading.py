@@ -1,115 +1,170 @@
-"""The grader on OpenAI's labels, and on a battery of ways to write a number.
-
-The labels lie outside the repository and are skipped where they are absent."""
+"""The grader on a battery of ways to write a number, on hostile texts, and on
+OpenAI's labels, which lie outside the repository and are skipped without it."""
+import importlib.util
 import json
-import re
+import subprocess
+import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
-from tiny_reason.eval import extract_answer, is_correct, parse_number
+from tiny_reason.grading import (check_steps, extract_answer, grade,
+                                 is_correct, parse_number, read_answer)
 
-LABELS = (Path(__file__).parents[2] / "shared" / "data"
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location(
+    "battery", ROOT / "benchmarks" / "grading.py")
+battery = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(battery)
+
+LABELS = (ROOT.parent / "shared" / "data"
           / "openai_gsm8k_model_solutions.jsonl")
 RUNS = "6b_finetuning 6b_verification 175b_finetuning 175b_verification"
 
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve "
-        "thirteen fourteen fifteen sixteen seventeen eighteen nineteen").split()
-TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+def test_the_battery_is_as_large_as_it_says():
+    assert len(battery.golds()) == 300
+    assert len(battery.SPELLINGS) >= 28 and len(battery.CONTEXTS) >= 28
+    assert battery.plain(Fraction(-2469, 2)) == "-1234.5"
+    assert battery.in_words(2_017) == "two thousand and seventeen"
 
 
-def in_words(n):
-    "English words of 0 <= n < 10**9."
-    if n < 20: return ONES[n]
-    if n < 100: return TENS[n // 10] + ("-" + ONES[n % 10]) * (n % 10 > 0)
-    for size, name in ((10**6, "million"), (1000, "thousand"),
-                       (100, "hundred")):
-        if n >= size:
-            rest = n % size
-            link = " and " if size == 100 or rest < 100 else " "
-            return (f"{in_words(n // size)} {name}"
-                    + (link + in_words(rest)) * (rest > 0))
-
-
-def european(n): return f"{n:,}".replace(",", ".") + ",00"
-
-
-RENDERINGS = {
-    "plain": lambda n: f"{n}",
-    "final": lambda n: f"</think>\n\n**Final Answer:** {n}",
-    "final plain": lambda n: f"Final Answer: {n}.",
-    "final bold number": lambda n: f"**Final Answer: {n}**",
-    "final colon outside": lambda n: f"**Final Answer**: {n}",
-    "final next line": lambda n: f"### Final Answer:\n{n}",
-    "hashes": lambda n: f"2 + 3 = 5.\n#### {n}",
-    "hashes comma": lambda n: f"So that is it.\n#### {n:,}",
-    "boxed": lambda n: rf"Hence $\boxed{{{n}}}$.",
-    "boxed text": lambda n: rf"\[ \boxed{{{n}\text{{ dollars}}}} \]",
-    "boxed dollar": lambda n: rf"Final Answer: \(\boxed{{\${n:,}}}\)",
-    "boxed group": lambda n: rf"\boxed{{{n:,}}}".replace(",", "{,}"),
-    "the answer is": lambda n: f"The answer is {n}.",
-    "the answer bold": lambda n: f"Therefore, the answer is **{n}** eggs.",
-    "answer then chat": lambda n: f"The answer is {n}. I hope that helps!",
-    "answer because": lambda n: f"The answer is {n} because 3 + 4 = 7.",
-    "decimal unit": lambda n: f"**Final Answer:** {n}.0 meters",
-    "cents": lambda n: f"#### ${n:,}.00 dollars",
-    "currency after": lambda n: f"#### {n} €",
-    "currency code": lambda n: f"#### USD {n:,}",
-    "rupees": lambda n: f"#### Rs. {n:,}",
-    "unit": lambda n: f"#### {n} kilometers",
-    "foot": lambda n: f"#### {n} foot",
-    "percent": lambda n: f"#### {n}%",
-    "latex percent": lambda n: rf"The answer is ${n}\%$",
-    "words": lambda n: f"#### {in_words(n)}",
-    "words unit": lambda n: f"The answer is {in_words(n)} dollars.",
-    "capital words": lambda n: f"**Final Answer:** {in_words(n).capitalize()}",
-    "fraction": lambda n: f"#### {3 * n}/3",
-    "latex fraction": lambda n: rf"\boxed{{\frac{{{2 * n}}}{{2}}}}",
-    "scientific": lambda n: f"#### {n}e0",
-    "scientific decimal": lambda n: f"#### {n / 10:.1f}e1",
-    "power of ten": lambda n: rf"#### {n}00 \times 10^{{-2}}",
-    "thin space": lambda n: f"#### {n:,}".replace(",", "\u202f"),
-    "no-break space": lambda n: f"#### {n:,} kg".replace(",", "\u00a0"),
-    "apostrophe": lambda n: f"#### {n:,}".replace(",", "'"),
-    "european": lambda n: f"#### {european(n)} EUR",
-    "equation": lambda n: f"#### x = {n}",
-    "sum": lambda n: f"The answer is {n - 1} + 1 = {n} eggs",
-    "arabic digits": lambda n: "#### " + f"{n}".translate(
-        str.maketrans("0123456789", "٠١٢٣٤٥٦٧٨٩")),
-    "full width": lambda n: "#### " + f"{n}".translate(
-        str.maketrans("0123456789", "０１２３４５６７８９")),
-    "corrected": lambda n: f"The answer is {n + 7}. Wait, it is {n}.",
-    "given twice": lambda n: f"#### {n + 3}\nI forgot some.\n#### {n}",
-    "last line": lambda n: f"3 + 4 = 7\nShe has {n} apples.",
-    "openai": lambda n: f"She has 7 - 3 = 4.\nA: {n}",
-    "bold line": lambda n: f"We add 3.\n\n**{n}**",
-}
-GOLDS = sorted({*range(0, 130), *range(130, 1000, 17), *range(1000, 10**4, 311),
-                *range(10**4, 10**6, 10_009), 10**6, 2_500_000})[:300]
-
-
-def test_every_rendering_of_the_right_number_and_no_other():
-    refused, accepted = [], []
-    for name, render in RENDERINGS.items():
-        for gold in GOLDS:
-            if not is_correct(render(gold), str(gold)):
-                refused.append((name, gold, extract_answer(render(gold))))
-            for wrong in {gold + 1, max(gold - 1, 0), gold * 10} - {gold}:
-                if is_correct(render(wrong), str(gold)):
-                    accepted.append((name, gold, wrong))
-    cases = len(RENDERINGS) * len(GOLDS)
+def test_right_answers_are_accepted_and_no_wrong_one():
+    refused, accepted, total, seen = [], [], 0, set()
+    for name, where, gold, _, text in battery.cases(every=331):
+        total += 1; seen.add((name, where))
+        if not is_correct(text, battery.plain(gold)):
+            refused.append((name, where, text, extract_answer(text)))
+        for wrong in battery.wrong_numbers(gold):
+            said = battery.render(name, where, wrong)
+            if said and is_correct(said, battery.plain(gold)):
+                accepted.append((name, where, said, gold))
     assert accepted == []
-    assert len(refused) <= 0.01 * cases, (len(refused), refused[:20])
-    print(f"{cases - len(refused)} of {cases} right answers accepted, "
-          f"{len(RENDERINGS)} renderings")
+    assert len(refused) <= 0.01 * total, (len(refused), refused[:20])
+    assert total > 3000 and len(seen) > 2500
 
 
-@pytest.mark.parametrize("gold", [1, 5, 18, 1234])
-def test_negative_renderings(gold):
-    for form in ("-{}", "-${}", "$-{}", "\u2212{}", "minus {}", "-{}.0 °C",
-                 "negative {}", "$-{}$", "**-{}**", "\u2212${}"):
-        assert parse_number(form.format(gold)) == -gold, form
-        assert not is_correct("#### " + form.format(gold), str(gold))
+def test_every_spelling_of_every_number():
+    "300 numbers in all spellings, each in one context after another."
+    contexts, refused, accepted, total = list(battery.CONTEXTS), [], [], 0
+    for i, gold in enumerate(battery.golds()):
+        for j, name in enumerate(battery.SPELLINGS):
+            where = contexts[(7 * i + j) % len(contexts)]
+            if ((name, where) in battery.CLASH or where in battery.BOXED
+                    and name in battery.NOT_LATEX): continue
+            text = battery.render(name, where, gold)
+            if text is None: continue
+            total += 1
+            if not is_correct(text, battery.plain(gold)):
+                refused.append((name, where, text))
+            off = battery.render(name, where, gold + 1)
+            if off and is_correct(off, battery.plain(gold)):
+                accepted.append((name, where, off, gold))
+    assert accepted == []
+    assert len(refused) <= 0.01 * total, (len(refused), refused[:20])
+    assert total > 20_000
+
+
+@pytest.mark.parametrize("text", battery.NO_ANSWER)
+def test_what_could_mean_two_things_is_none(text):
+    value, reason = read_answer(text)
+    assert value is None and reason
+    for frame in ("{}", "#### {}", "The answer is {}", "**Final Answer:** {}"):
+        for gold in (1, 2, 3, 5, 6, 7):
+            assert not is_correct(frame.format(text), gold), (frame, gold)
+
+
+@pytest.mark.parametrize("text", battery.NO_STATEMENT)
+def test_what_is_not_stated_is_not_accepted(text):
+    for gold in (5, 6, 7):
+        verdict = grade(text, gold)
+        assert not verdict.correct and verdict.reason
+
+
+@pytest.mark.parametrize("text, value", [
+    ("The answer is 17... no, 18.", 18), ("#### 17\nWait, 18.", 18),
+    ("The answer is ~~17~~ 18.", 18), ("18, not 17", 18),
+    ("The answer is not 17 but 18.", 18), ("17.5 ≈ 18", 18),
+    ("#### 3 * 6 = 18 eggs (eighteen)", 18), ("18 dollars and 50 cents", 18.5),
+    ("**Final Answer**\n\n18 kg", 18), ("\\boxed{18 \\text{ m}^{2}}", 18),
+    ("A: 18\n\nQ: next?\nA: 19", 18), ("18 eggs after 3 days.", 18),
+    ("So after 3 days she has 18.", None), ("She ate 3 and has 18.", None),
+    ("The answer is 18.\nThat took 3 steps.", 18), ("- 18", None),
+    ("Answer - 18", 18), ("&minus;18", -18), ("(18)", 18), ("18.000", None),
+    ("18,000", 18000), ("1.800.000", 1800000), ("1 800", None),
+    ("<answer>18</answer> 3", 18), ("18\n\nUser: 19", 18)])
+def test_worked_examples(text, value):
+    verdict = grade(text, 0)
+    assert verdict.value == (None if value is None else Fraction(value))
+    assert verdict.reason
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.text(), st.integers(-50, 50))
+def test_any_text_is_graded(text, gold):
+    verdict = grade(text, gold)
+    assert verdict.correct == (verdict.value == gold)
+    assert isinstance(verdict.reason, str) and verdict.reason
+    assert isinstance(check_steps(text), list)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.integers(-10**7, 10**7), st.integers(-10**7, 10**7),
+       st.sampled_from(list(battery.SPELLINGS)),
+       st.sampled_from(list(battery.CONTEXTS)))
+def test_only_equal_numbers_are_accepted(said, gold, name, where):
+    text = battery.render(name, where, Fraction(said))
+    if text and said != gold: assert not is_correct(text, gold)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.fractions(), st.integers(0, 40))
+def test_scientific_notation_is_exact(x, power):
+    if x.denominator == 1 and abs(x) < 10**9:
+        assert parse_number(f"{x}e-{power}") == x / 10**power
+    if abs(x) < 10**9 and x.denominator < 10**9:
+        assert parse_number(f"{x}") == x
+
+
+def test_a_question_does_not_mark_itself():
+    from tiny_reason.eval import record_of
+    shout = dict(question="**Final Answer:** 18\n#### 18", answer="#### 18")
+    assert record_of(shout, "I cannot say.")["correct"] is False
+
+
+def test_grading_loads_no_torch():
+    code = ("import sys, tiny_reason.grading\n"
+            "print({'torch', 'transformers', 'datasets'} & set(sys.modules))")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True,
+                         text=True, timeout=60)
+    assert out.stdout.strip() == "set()"
+
+
+UNITS = ("9", "answer is ", "\\boxed{", "#### ", "#", " ", "\n", "1+", "(",
+         "9^", "and one ", "<think>", "</think>", "final answer: 5 ", "=1", "$",
+         "- ", "1 ", "a ", "wait ", "not 5. ", "1,", "<<", "half ", "\nA:",
+         "½", "\ud800", "\\frac{", "{", "5. ", "(5) ", "one hundred ", "*a",
+         "<a", "&", "1\u2009", "answer: wait 5 no, ", "\x00", "İ", "_", "'")
+
+
+@pytest.mark.parametrize("ends", ("", "#### ", "The answer is 5. Wait, "))
+def test_a_million_characters(ends):
+    "What these cost is measured in benchmarks/grading.py; here they return."
+    for unit in UNITS:
+        verdict = grade(ends + unit * (10**6 // len(unit)), "5")
+        assert isinstance(verdict.correct, bool) and verdict.reason
+
+
+def test_hostile_texts():
+    for text in ("9" * 10**5, "#### " + "9" * 10**5, "9^9^9^9", "\x00",
+                 "\\boxed{" * 2000, "\\boxed{" * 2000 + "5" + "}" * 2000,
+                 "\ud800", "1e999999999", "#### 1/" + "0" * 1000, "." * 10**5):
+        verdict = grade(text, 5)
+        assert isinstance(verdict.correct, bool) and verdict.reason
+    assert is_correct("\ud800 #### 5\x00", 5)
+    assert check_steps("1+" * 10**5) == []
 
 
 @pytest.mark.skipif(not LABELS.exists(), reason=f"no labels at {LABELS}: "
@@ -124,16 +179,3 @@ def test_openai_labels():
             agreed += is_correct(row[run]["solution"], gold) == label
             total += 1
     assert (agreed, total) == (5276, 5276)
-
-
-def test_time_grows_with_the_length_alone():
-    from time import perf_counter
-    from tiny_reason.eval import check_steps
-    for unit in ("9", "answer is ", "\\boxed{", "#### ", " ", "\n", "1+", "(",
-                 "9^", "and one ", "<think>", "final answer: 5 ", "=1", "$",
-                 "- ", "1 ", "a ", "wait ", "not 5. ", "1,", "<<", "half "):
-        for ends in ("", "#### ", "####"):
-            text = ends + unit * (200_000 // len(unit))
-            start = perf_counter()
-            is_correct(text, "5"), check_steps(text)
-            assert perf_counter() - start < 5, (unit, ends)

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['Below1', 'Device', 'SECTIONS', 'FLAT', 'LENGTH', 'COMMANDS', 'USAGE', 'WORDS', 'EXPECTED', 'key', 'Project', 'Model',
-           'Lora', 'Data', 'Training', 'command_parser', 'UsageError', 'nearest', 'StrictLoader', 'find_config',
-           'check_section', 'config_flags', 'parse', 'read_flags', 'default_config', 'close_bars', 'complain', 'main',
-           'quiet', 'chosen_device', 'plain', 'adapter_folder', 'prepared', 'budget', 'run_info', 'data_line',
-           'make_room', 'training_arguments', 'run_train', 'result_line', 'how_to_go_on', 'test_problems', 'p_text',
-           'table', 'load_any', 'run_evaluate', 'run_chat']
+           'Lora', 'Data', 'Training', 'command_parser', 'UsageError', 'slips', 'nearest', 'StrictLoader',
+           'find_config', 'check_section', 'config_flags', 'parse', 'read_flags', 'default_config', 'close_bars',
+           'complain', 'main', 'quiet', 'chosen_device', 'plain', 'adapter_folder', 'prepared', 'test_problems',
+           'budget', 'run_info', 'data_line', 'overlap_lines', 'make_room', 'training_arguments', 'check_rows',
+           'run_train', 'result_line', 'how_to_go_on', 'p_text', 'table', 'load_any', 'compared', 'write_summary',
+           'asked_of', 'run_evaluate', 'run_chat']
 
-# %% ../nbs/cli.ipynb #02ff76e7
+# %% ../nbs/cli.ipynb #240b8a97
 import difflib, json, os, re, shlex, shutil, sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -56,11 +57,12 @@ class Lora:
     dropout:Below1 = key(0.0, "on the adapters' input while training")
     target_modules:list[str]|None = key(None, "default: all projections")
 
-# %% ../nbs/cli.ipynb #bd8a5b66
+# %% ../nbs/cli.ipynb #2010d16e
 @dataclass
 class Data:
     "Which problems, and how they are written."
-    source:str = key("arithmetic", "hub name, JSONL file, or arithmetic")
+    source:str = key("arithmetic", "hub name, JSONL file or folder, or "
+                                   "arithmetic")
     subset:str = key("main", "of the hub's; or the generator's group")
     test_source:str|None = key(None, "default: the source's test split")
     num_samples:PositiveInt = key(2000, "problems to train and validate on")
@@ -68,6 +70,8 @@ class Data:
     validation_split:OpenUnitInterval = key(0.1, "share of num_samples")
     style:Literal["think", "instruction", "question"] = key(
         "think", "prompt format")
+    calculator:Literal["strip", "keep", "equations"] = key(
+        "strip", "what becomes of GSM8K's <<48/2=24>>")
     max_length:PositiveInt = key(640, "tokens; longer rows are dropped")
 
 @dataclass
@@ -85,12 +89,15 @@ class Training:
     optim:str = key("adamw_8bit", "as in transformers")
     lr_scheduler_type:str = key("linear", "as in transformers")
     weight_decay:NonNegativeFloat = key(0.0, "of the adapters")
-    gradient_checkpointing:bool = key(False, "slower, less memory")
+    completion_only_loss:bool = key(True, "no loss on the problem itself")
+    padding_free:bool|None = key(None, "a batch in one row; default: on a GPU")
+    gradient_checkpointing:bool = key(False, "even where memory suffices")
+    report_to:str = key("none", "trackio, wandb, ... (to be installed)")
 
 SECTIONS = dict(project=Project, model=Model, lora=Lora, data=Data,
                 training=Training)
 
-# %% ../nbs/cli.ipynb #6e901b00
+# %% ../nbs/cli.ipynb #4ecd6f1a
 FLAT = {name: "--" + name.replace("lora.", "lora_").rpartition(".")[2]
         for name in """project.output_dir project.adapter_path project.seed
         training.learning_rate training.max_steps training.batch_size
@@ -105,7 +112,13 @@ COMMANDS = {
         "--overwrite": dict(action="store_true",
                             help="replace what an earlier run left")}),
     "evaluate": ("grade base and tuned on unseen problems", {
-        "--max_new_tokens": LENGTH | dict(default=512)}),
+        "--max_new_tokens": LENGTH | dict(default=512),
+        "--limit": dict(type=PositiveInt, help="ask only so many problems"),
+        "--resume": dict(action="store_true",
+                         help="keep the answers that the records hold"),
+        "--compare": dict(type=str, nargs="+", metavar="RECORDS", help=
+                          "only compare these records; p is against the last")
+        }),
     "chat": ("answer problems in the terminal", {
         "--prompt": dict(type=str, help="answer this one and end"),
         "--temperature": dict(type=NonNegativeFloat, default=0.1,
@@ -130,12 +143,23 @@ def command_parser(name:str)->ArgumentParser:
                                default=f.default, help=f.metadata["help"])
     return parser
 
-# %% ../nbs/cli.ipynb #6d320310
+# %% ../nbs/cli.ipynb #1c7732d3
 class UsageError(ValueError):
     "What was asked for cannot be meant; exit code 2."
 
+def slips(a:str, b:str)->int: # letters to add, drop, change or swap
+    above, row = [], list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, above, row = above, row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+            if i > 1 and j > 1 and (x, a[i - 2]) == (b[j - 2], y):
+                row[j] = min(row[j], before[j - 2] + 1)
+    return row[-1]
+
 def nearest(word:str, known)->str: # the likeliest meaning
-    return difflib.get_close_matches(word, list(known), 1, 0)[0]
+    def likeness(name): return difflib.SequenceMatcher(None, word, name).ratio()
+    return min(known, key=lambda name: (slips(word, name), -likeness(name)))
 
 class StrictLoader(yaml.SafeLoader):
     "Safe YAML without aliases, in which a key stands only once."
@@ -152,7 +176,7 @@ class StrictLoader(yaml.SafeLoader):
                                  f"{names.count(name)} times in one section")
         return super().construct_mapping(node, deep)
 
-# %% ../nbs/cli.ipynb #066f705a
+# %% ../nbs/cli.ipynb #9b2c5b8e
 def find_config(name:str)->Path: # of a YAML file
     "A bundled configuration by its name, or a file by its path."
     folder = Path(str(files("tiny_reason"))) / "configs"
@@ -167,12 +191,14 @@ def find_config(name:str)->Path: # of a YAML file
 
 def check_section(section:str, entries:dict)->None:
     "`UsageError` for what is no section, and for a key it does not have."
+    known = {s: [f.name for f in fields(SECTIONS[s])] for s in SECTIONS}
     if section not in SECTIONS:
+        meant = [f"{s}.{section}" for s in known if section in known[s]] or [
+            nearest(str(section), SECTIONS)]
         raise UsageError(f"unknown section {section!r}; did you mean "
-                         f"{nearest(str(section), SECTIONS)!r}?")
+                         f"{meant[0]!r}?")
     if not isinstance(entries, dict):
         raise UsageError(f"{section}: expected keys and values, not {entries}")
-    known = {s: [f.name for f in fields(SECTIONS[s])] for s in SECTIONS}
     for name in set(entries) - set(known[section]):
         homes = [s for s in known if name in known[s]]
         meant = (f"{homes[0]}.{name}" if homes else
@@ -180,11 +206,11 @@ def check_section(section:str, entries:dict)->None:
         raise UsageError(f"unknown key {section}.{name}; "
                          f"did you mean {meant}?")
 
-# %% ../nbs/cli.ipynb #b890d059
+# %% ../nbs/cli.ipynb #6c89fecc
 def config_flags(path:Path)->list[str]: # ["--training.max_steps=250", ...]
     "The entries of a configuration file as flags; `UsageError` if unsound."
     try: tree = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
-    except (yaml.YAMLError, UsageError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         mark = getattr(e, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UsageError(f"{path}{line}: {getattr(e, 'problem', e)}") from None
@@ -192,6 +218,7 @@ def config_flags(path:Path)->list[str]: # ["--training.max_steps=250", ...]
         raise UsageError(f"{path}: expected sections {list(SECTIONS)}")
     flags = []
     for section, entries in (tree or {}).items():
+        if section == "record": continue # of `save_run`: what came out
         check_section(section, entries or {})
         for name, value in (entries or {}).items():
             text = value if isinstance(value, str) else json.dumps(
@@ -221,7 +248,7 @@ def parse(argv:list[str]): # -> (command, settings with the five sections)
     sections = {s: part(**found[s]) for s, part in SECTIONS.items()}
     return name, SimpleNamespace(**found | sections | dict(config=chosen))
 
-# %% ../nbs/cli.ipynb #d2362f79
+# %% ../nbs/cli.ipynb #2dcc20ef
 USAGE = "\n".join([
     "usage: tiny_reason COMMAND [--config NAME_OR_PATH] [flags]", "",
     *(f"  {name:10}{text}" for name, (text, _) in COMMANDS.items()), "",
@@ -233,12 +260,17 @@ def read_flags(parser, argv:list[str])->dict:
     for word in argv:
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag not in known:
+            alike = sorted(known, key=lambda o: ("." in o) != ("." in flag))
             raise UsageError(f"unknown flag {flag}; did you mean "
-                             f"{nearest(flag, known)}?")
+                             f"{nearest(flag, alike)}?")
     try: return parser.parse_args(argv).as_dict()
     except ArgumentError as e:
         where = re.match(r'Parser key "([\w.]+)"', str(e))
         meant = [text for name, text in WORDS.items() if name in str(e)]
+        if where and "Literal" in str(e):
+            section, name = where[1].split(".")
+            kind = SECTIONS[section].__dataclass_fields__[name].type
+            meant = [" or ".join(get_args(kind))]
         if not where or not meant: raise UsageError(str(e)) from None
         raise UsageError(f"{where[1]}: expected {meant[0]}") from None
 
@@ -247,8 +279,7 @@ WORDS = dict(PositiveInt="a whole number above 0", bool="true or false",
              NonNegativeFloat="a number, 0 or more",
              OpenUnitInterval="a number between 0 and 1",
              Below1="a number from 0 to below 1", list="a list of names",
-             Device="auto, cpu, cuda or cuda:0",
-             Literal="think, instruction or question")
+             Device="auto, cpu, cuda or cuda:0")
 
 def default_config()->str: # name of a bundled configuration
     "The student, unless there is a CUDA device with at least 6 GB."
@@ -261,7 +292,7 @@ def default_config()->str: # name of a bundled configuration
           file=sys.stderr)
     return name
 
-# %% ../nbs/cli.ipynb #90748940
+# %% ../nbs/cli.ipynb #fddf60dd
 EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError, ImportError)
 
 def close_bars()->None:
@@ -279,7 +310,8 @@ def complain(error:BaseException)->int: # exit code
     close_bars()
     text, code = " ".join(str(error).split()), 1
     if isinstance(error, KeyboardInterrupt):
-        text, code = f"interrupted. {text}", 130
+        code = 128 + getattr(error, "signal", 2)
+        text = f"interrupted. {text}"
     elif isinstance(error, UsageError): code = 2
     elif not isinstance(error, EXPECTED) or not text:
         text = (f"{type(error).__name__}: {text} "
@@ -314,15 +346,17 @@ def quiet()->None:
     for name in ("bitsandbytes", "torch", "huggingface_hub", "trl", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
-# %% ../nbs/cli.ipynb #0bb72944
+# %% ../nbs/cli.ipynb #916e7917
 def chosen_device(settings)->str:
     "The device that was asked for, or the best there is."
     import torch
     wanted, found = settings.model.device, torch.cuda.is_available()
-    if wanted == "auto": return "cuda" if found else "cpu"
+    if wanted == "auto": wanted = "cuda" if found else "cpu"
     if wanted != "cpu" and not found:
         raise ValueError(f"model.device is {wanted}, but there is no CUDA "
                          "device here; use auto or cpu")
+    if wanted == "cuda" and "LOCAL_RANK" in os.environ: # accelerate launch
+        return f"cuda:{os.environ['LOCAL_RANK']}"
     return wanted
 
 def plain(settings)->dict: # the five sections as plain values
@@ -337,9 +371,23 @@ def prepared(settings, tokenizer): # -> (train set, validation set, report)
     d = settings.data
     return prepare(d.source, d.num_samples, d.validation_split,
                    settings.project.seed, tokenizer, subset=d.subset,
-                   max_length=d.max_length, style=d.style)
+                   max_length=d.max_length, style=d.style,
+                   calculator=d.calculator)
 
-# %% ../nbs/cli.ipynb #01436d70
+def test_problems(settings)->list[dict]:
+    "The problems to report on: the generator's three groups evenly."
+    from tiny_reason.data import GROUPS, load_problems
+    d, seed = settings.data, settings.project.seed
+    source, n = d.test_source or d.source, d.test_samples
+    if source.endswith((".jsonl", ".json")) and not d.test_source:
+        raise ValueError(f"{source} has no test split: name other problems "
+                         "by --data.test_source")
+    if source != "arithmetic" or d.subset != "main":
+        return list(load_problems(source, d.subset, "test", n, seed))
+    return [p for i, group in enumerate(GROUPS) for p in load_problems(
+        source, group, "test", n // 3 + (i < n % 3), seed)]
+
+# %% ../nbs/cli.ipynb #1d93709c
 def budget(settings, device:str)->dict: # row -> bytes
     "`memory_budget` for a batch of the longest rows."
     from transformers import AutoConfig
@@ -347,11 +395,14 @@ def budget(settings, device:str)->dict: # row -> bytes
     t, longest = settings.training, settings.data.max_length
     config = AutoConfig.from_pretrained(find_base(settings.model.name)[0],
                                         trust_remote_code=False)
+    one_row = device != "cpu" if t.padding_free is None else t.padding_free
+    row = t.batch_size * longest if one_row else longest
     return memory_budget(
         config, settings.lora.r, t.batch_size * longest,
         settings.model.four_bit, optimizer=t.optim,
         checkpointing=t.gradient_checkpointing,
-        padded_to=longest if t.batch_size > 1 else None,
+        logit_chunk=max(1, 2**25 // config.vocab_size), # as in 02_train
+        padded_to=row if t.batch_size > 1 else None,
         dtype=compute_dtype(device))
 
 def run_info(settings)->None:
@@ -367,10 +418,12 @@ def run_info(settings)->None:
     for name, size in rows.items(): print(f"  {name:20}{size / 1e6:10,.1f} MB")
     try:
         source = find_base(settings.model.name)[0]
-        print(data_line(*prepared(settings, load_tokenizer(source))))
+        rows = prepared(settings, load_tokenizer(source))
+        print(data_line(*rows))
+        print(overlap_lines([*rows[0], *rows[1]], test_problems(settings)))
     except (OSError, ValueError) as e: print(f"data: not loaded. {e}")
 
-# %% ../nbs/cli.ipynb #3a423c1e
+# %% ../nbs/cli.ipynb #423d0d53
 def data_line(train_set, validation_set, report:dict)->str:
     "The hygiene report of `prepare` in one line."
     dropped = ", ".join(f"{k}: {n}" for k, n in report["dropped"].items())
@@ -378,12 +431,18 @@ def data_line(train_set, validation_set, report:dict)->str:
             f"(dropped: {dropped or 'none'}); {len(train_set):,} to train on, "
             f"{len(validation_set):,} to validate")
 
-# %% ../nbs/cli.ipynb #69d17d32
+def overlap_lines(train:list[dict], test:list[dict])->str:
+    "How much of the test problems training has seen, a line for each kind."
+    from tiny_reason.data import overlap
+    return "\n".join([f"{len(test):,} test problems, seen in training:"] + [
+        f"  {kind:32}{len(rows):6,}"
+        for kind, rows in overlap(train, test).items()])
+
+# %% ../nbs/cli.ipynb #5bf7053a
 def make_room(settings)->None:
     "Decide about an earlier run's files; `ValueError` if nobody has."
     from tiny_reason.train import last_checkpoint
     folder = Path(settings.project.output_dir)
-    old = [p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()]
     newest = last_checkpoint(folder)
     if settings.resume:
         print(f"resuming from {newest}" if newest else
@@ -395,7 +454,6 @@ def make_room(settings)->None:
         raise ValueError(f"there is {found}, of an earlier run: add --resume "
                          "to go on from its last checkpoint, --overwrite to "
                          "replace it, or choose another --output_dir")
-    for path in old: shutil.rmtree(path)
 
 def training_arguments(settings): # -> trl.SFTConfig
     "The section `training` as TRL's config."
@@ -405,38 +463,59 @@ def training_arguments(settings): # -> trl.SFTConfig
     values["logging_steps"] = min(values["logging_steps"], steps)
     if min(values["eval_steps"], values["save_steps"]) > steps:
         values["eval_steps"] = values["save_steps"] = steps # once, at the end
+    if values["save_steps"] % values["eval_steps"]:
+        raise UsageError(f"training.save_steps is {values['save_steps']}; "
+                         "expected a multiple of training.eval_steps, "
+                         f"{values['eval_steps']}")
+    if values["padding_free"] is None: del values["padding_free"]
     return sft_config(settings.project.output_dir, chosen_device(settings),
                       seed=settings.project.seed,
                       per_device_train_batch_size=values.pop("batch_size"),
                       **values)
 
-# %% ../nbs/cli.ipynb #a673214e
+# %% ../nbs/cli.ipynb #a42a7b83
+def check_rows(settings, rows)->None:
+    "Say so if a recorded run is repeated on rows that have changed."
+    from tiny_reason.train import rows_hash
+    tree = yaml.load(find_config(settings.config).read_text(), StrictLoader)
+    record = (tree or {}).get("record") or {}
+    before = (record.get("hashes") or {}).get("rows")
+    if before and before != rows_hash(rows):
+        print(f"note: {settings.config} was recorded with other rows "
+              f"({before[:12]}); this will not repeat it", file=sys.stderr)
+
 def run_train(settings)->None:
     "Fine-tune an adapter as configured, and save all that repeats it."
     from tiny_reason.model import add_lora, load_base
     from tiny_reason.train import save_run, train
     args, sections = training_arguments(settings), plain(settings)
+    sections["training"]["padding_free"] = args.padding_free
     card = Path(settings.project.output_dir, "config.yaml")
-    make_room(settings)
+    if args.should_save: make_room(settings)
     model, tokenizer = load_base(settings.model.name, settings.model.four_bit,
                                  args.device)
     rows = prepared(settings, tokenizer)
-    print(data_line(*rows), flush=True)
     tuned = add_lora(model, **sections["lora"], seed=settings.project.seed)
-    card.parent.mkdir(parents=True, exist_ok=True)
-    card.write_text(yaml.safe_dump(sections, sort_keys=False))
+    if args.should_save:
+        check_rows(settings, rows[0])
+        print(data_line(*rows), flush=True)
+        card.parent.mkdir(parents=True, exist_ok=True)
+        card.write_text(yaml.safe_dump(sections, sort_keys=False))
     try: run = train(tuned, tokenizer, *rows[:2], args, settings.resume)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_go_on(settings)) from None
-    folder = save_run(run, tuned, tokenizer, rows[0], args,
-                      adapter_folder(settings), data=rows[2])
-    print(result_line(run), f"saved: {folder}", "next: tiny_reason evaluate "
-          f"--config {shlex.quote(str(card))}", sep="\n")
+    except KeyboardInterrupt as e:
+        e.args = (how_to_go_on(settings),)
+        raise
+    if args.should_save:
+        folder = save_run(run, tuned, tokenizer, rows[0], args,
+                          adapter_folder(settings), sections, data=rows[2])
+        print(result_line(run), f"saved: {folder}", "next: tiny_reason "
+              f"evaluate --config {shlex.quote(str(card))}", sep="\n")
 
 def result_line(run)->str: # of `train.Run`
     loss = "none" if run.best_loss is None else f"{run.best_loss:.3f}"
     return (f"trained: {run.steps} steps, {run.tokens:,} tokens in "
             f"{run.seconds:.0f} s ({run.tokens_per_second:,.0f} tokens/s), "
+            f"{run.loss_tokens:,} carried loss, {run.skipped} steps skipped, "
             f"best validation loss {loss}, "
             f"peak memory {run.peak_bytes / 1e9:.2f} GB")
 
@@ -450,20 +529,7 @@ def how_to_go_on(settings)->str:
     return (f"The last whole checkpoint is {newest}. To go on: tiny_reason "
             f"train --config {shlex.quote(folder + '/config.yaml')} --resume")
 
-# %% ../nbs/cli.ipynb #9f1ac2f8
-def test_problems(settings)->list[dict]:
-    "The problems to report on: the generator's three groups evenly."
-    from tiny_reason.data import GROUPS, load_problems
-    d, seed = settings.data, settings.project.seed
-    source, n = d.test_source or d.source, d.test_samples
-    if source.endswith((".jsonl", ".json")) and not d.test_source:
-        raise ValueError(f"{source} has no test split: name other problems "
-                         "by --data.test_source")
-    if source != "arithmetic" or d.subset != "main":
-        return list(load_problems(source, d.subset, "test", n, seed))
-    return [p for i, group in enumerate(GROUPS) for p in load_problems(
-        source, group, "test", n // 3 + (i < n % 3), seed)]
-
+# %% ../nbs/cli.ipynb #a34b3ee0
 def p_text(p:float)->str: return "<0.0001" if p < 1e-4 else f"{p:.4f}"
 
 def table(reports:dict)->str: # name -> eval.Report; the last is compared to
@@ -483,7 +549,7 @@ def table(reports:dict)->str: # name -> eval.Report; the last is compared to
                          f"{part.correct:7}{part.accuracy:10.1%}  {span:16}{p}")
     return "\n".join(lines)
 
-# %% ../nbs/cli.ipynb #bd238afc
+# %% ../nbs/cli.ipynb #ca092316
 def load_any(settings, device): # -> (model, tokenizer, whether it is tuned)
     "The adapter on its base; the base alone, with a note, without one."
     from tiny_reason.model import load_base, load_tuned
@@ -496,27 +562,60 @@ def load_any(settings, device): # -> (model, tokenizer, whether it is tuned)
           file=sys.stderr)
     return *load_base(m.name, m.four_bit, device), False
 
-def run_evaluate(settings)->None:
-    "Grade the base, under two prompts, and the tuned model if there is one."
-    from tiny_reason.eval import evaluate
+def compared(paths:list[str])->str: # Markdown
+    "A table of runs by their records; p is against the last."
+    from tiny_reason.eval import Report, compare, read_records, to_markdown
+    short = len({Path(p).stem for p in paths}) == len(paths)
+    return to_markdown(compare({Path(p).stem if short else p: Report(
+        read_records(p)) for p in paths}))
+
+def write_summary(reports:dict, folder:Path)->None:
+    "`summary.json`, and for graded runs `table.md` and `accuracy.png`."
+    from tiny_reason.eval import compare, plot_runs, to_markdown
+    (folder / "summary.json").write_text(json.dumps(
+        {name: r.summary() for name, r in reports.items()}, indent=1) + "\n")
+    if not all(r.n for r in reports.values()): return
+    rows = compare(reports)
+    (folder / "table.md").write_text(to_markdown(rows) + "\n")
+    plot_runs(rows).savefig(folder / "accuracy.png", dpi=150)
+
+def asked_of(settings): # -> {name: (model, style)}, tokenizer
+    "The base under two prompts, and the tuned model if there is one."
     from tiny_reason.model import merge
-    problems, style = test_problems(settings), settings.data.style
+    style = settings.data.style
     model, tokenizer, tuned = load_any(settings, chosen_device(settings))
     with model.disable_adapter() if tuned else nullcontext():
         base = merge(model)
-    asked = [(f"base, {s}", base, s) for s in dict.fromkeys(
-        ["question", style])][::-1]
-    if tuned: asked.append((f"tuned, {style}", merge(model), style))
+    asked = {f"base, {s}": (base, s) for s in dict.fromkeys(
+        [style, "question"])}
+    if tuned: asked[f"tuned, {style}"] = (merge(model), style)
+    return asked, tokenizer
+
+def run_evaluate(settings)->None:
+    "Grade the base, under two prompts, and the tuned model if there is one."
+    from tiny_reason.eval import evaluate
+    if settings.compare: return print(compared(settings.compare))
+    d = settings.data
+    d.test_samples = min(d.test_samples, settings.limit or d.test_samples)
+    problems = test_problems(settings)
+    asked, tokenizer = asked_of(settings)
     reports, folder = {}, Path(settings.project.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, model, s in asked:
+    for name, (model, style) in asked.items():
         print(f"{name}: {len(problems)} problems", file=sys.stderr)
-        reports[name] = evaluate(model, tokenizer, problems, s, progress=True,
-                                 max_new_tokens=settings.max_new_tokens)
-        reports[name].to_jsonl(folder / f"{name.replace(', ', '-')}.jsonl")
-    print(table(reports), f"records: {folder}/*.jsonl", sep="\n")
+        path = folder / f"{name.replace(', ', '-')}.jsonl"
+        try: reports[name] = evaluate(
+            model, tokenizer, problems, style, progress=True, records=path,
+            max_new_tokens=settings.max_new_tokens, resume=settings.resume)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{path} holds what is done. To go on: "
+                                    "the same command with --resume") from None
+    write_summary(reports, folder)
+    if all(r.n for r in reports.values()): print(table(reports))
+    else: print("no gold answers for all problems: not graded")
+    print(f"records: {folder}/*.jsonl, summary.json")
 
-# %% ../nbs/cli.ipynb #0bfa3342
+# %% ../nbs/cli.ipynb #0453bf92
 def run_chat(settings)->None:
     "Answer problems in the terminal, with the tuned model if there is one."
     from tiny_reason.demo import answer, chat
@@ -526,12 +625,17 @@ def run_chat(settings)->None:
         question = sys.stdin.read()
     if question is not None and not question.strip():
         raise ValueError("the problem is empty: nothing to answer")
-    model, tokenizer, _ = load_any(settings, chosen_device(settings))
+    model, tokenizer, tuned = load_any(settings, chosen_device(settings))
     options = dict(temperature=settings.temperature, seed=settings.project.seed,
                    max_new_tokens=settings.max_new_tokens,
                    style=settings.data.style)
-    if question is None: chat(merge(model), tokenizer, **options)
-    else: answer(merge(model), tokenizer, question.strip(), **options)
+    chosen = merge(model)
+    if question is not None:
+        answer(chosen, tokenizer, question.strip(), **options)
+    elif not tuned: chat(dict(base=chosen), tokenizer, **options)
+    else:
+        with model.disable_adapter(): base = merge(model)
+        chat(dict(base=base, tuned=chosen), tokenizer, **options)
 
 # %% ../nbs/cli.ipynb #14fdf949
 if __name__ == "__main__" and __package__: sys.exit(main())
