@@ -1,4 +1,5 @@
 "Notebooks are committed clean, and the package is what they export."
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,13 @@ def test_same_files(rebuilt):
 def test_clean_and_in_sync(rebuilt, name):
     assert (rebuilt / name).read_text() == (ROOT / name).read_text(), (
         f"{name}: run `nbdev_clean --fname . && nbdev_export`, then commit")
+
+
+@pytest.mark.parametrize("name", sorted(
+    f for f in files(ROOT) if f.endswith(".ipynb")))
+def test_a_lesson_is_short_and_whole(name):
+    cells = json.loads((ROOT / name).read_text())["cells"]
+    assert len(cells) <= 60, f"{name} has {len(cells)} cells; split it"
+    outputs = [o for c in cells for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert outputs or name == "nbs/app.ipynb", f"{name} was not run"
