@@ -51,7 +51,8 @@ def padded(model, tokenizer, prompts, limit, size=32):
 def continuous(model, tokenizer, prompts, limit):
     "transformers' continuous batching."
     config = plain_config(model, tokenizer, limit)
-    config.eos_token_id = tokenizer.eos_token_id
+    # It takes one end token; the base ends plain text by the smallest id.
+    config.eos_token_id = min(config.eos_token_id)
     out = model.generate_batch(inputs=prompts, generation_config=config,
                                progress_bar=False)
     if failed := [r.error for r in out.values() if r.error]:
