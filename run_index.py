@@ -51,6 +51,11 @@ def execute(path):
     except CellExecutionError as error:
         sys.exit(f"{path} stopped: {error.ename}: {error.evalue}")
     for cell in nb.cells:
+        # What cannot be drawn does not fail its cell; it fails the page.
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                sys.exit(f"{path} shows an error: {output.ename}: "
+                         f"{output.evalue}")
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs
                             if o.get("name") != "stderr"]

@@ -1,5 +1,5 @@
 "The command line from outside: real processes, real signals, real pipes."
-import json, os, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,21 +26,6 @@ def refused(capsys, *args):
     text = capsys.readouterr().err.strip()
     assert text.startswith("tiny_reason: ") and "\n" not in text
     return text
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    "A folder with a two-layer model of Qwen2's architecture, random weights."
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from tiny_reason.model import find_base, load_tokenizer
-    student, folder = find_base("student")[0], tmp_path_factory.mktemp("base")
-    config = AutoConfig.from_pretrained(student)
-    config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    load_tokenizer(student).save_pretrained(folder)
-    return folder
 
 
 # Wrong arguments
@@ -195,6 +180,24 @@ def test_a_cuda_device_that_is_not_there(capsys):
     args = ["info", "--config", "student", "--model.device", "cuda"]
     assert cli.main(args) == 1
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_info_judges_the_data(tmp_path, capsys):
+    path, args = tmp_path / "mine.jsonl", ["info", "--config", "student",
+                                           "--data.source"]
+    rows = [json.dumps(dict(question=f"{i} and 1?", answer=f"so\n#### {i}"))
+            for i in range(4)]
+    path.write_text("\n".join([*rows, '{"question": "cut']))
+    assert cli.main([*args, str(path)]) == 1
+    assert "mine.jsonl, line 5: not JSON" in capsys.readouterr().err
+    path.write_text("\n".join([*rows, rows[0]]))
+    assert cli.main([*args, str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "5 read, 4 kept (dropped: duplicate: 1)" in out
+    assert "overlap: nothing to compare with" in out
+    assert cli.main([*args, str(path), "--data.test_source", str(path)]) == 0
+    assert re.search(r"same text +5\n", capsys.readouterr().out)
+    assert cli.main([*args, str(path), "--data.test_source", "no.jsonl"]) == 1
 
 
 # The whole way round

@@ -11,23 +11,10 @@ from tiny_reason import cli
 from tiny_reason import record
 from tiny_reason import train as lesson
 from tiny_reason.data import prepare
-from tiny_reason.model import add_lora, find_base, load_base, load_tokenizer
+from tiny_reason.model import add_lora, load_base, load_tokenizer
 
 QUICK = dict(device="cpu", max_steps=8, eval_steps=2, save_steps=2,
              warmup_steps=2, logging_steps=3, learning_rate=4e-3)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    "A folder with a one-layer model of Qwen2's architecture, random weights."
-    from transformers import AutoConfig, AutoModelForCausalLM
-    student, folder = find_base("student")[0], tmp_path_factory.mktemp("base")
-    config = AutoConfig.from_pretrained(student)
-    config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    load_tokenizer(student).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -552,3 +539,14 @@ def test_sigterm_saves_and_says_how_to_go_on(base, tmp_path):
     assert process.returncode == 143 and "Traceback" not in said
     assert f"train --config {out}/config.yaml --resume" in said
     assert lesson.last_checkpoint(out) in said
+
+
+# A picture of a run that is not over
+
+@pytest.mark.parametrize("history", [
+    [], [dict(step=1, loss=2.0)],
+    [dict(step=1, loss=2.0), dict(step=2, eval_loss=1.0)]])
+def test_a_live_curve_can_be_drawn(history):
+    figure = lesson.plot_run(lesson.Run(history, None, None, 0, 0, 0.0, 0))
+    figure.canvas.draw()
+    assert not figure.axes[0].texts # nothing is marked as kept yet

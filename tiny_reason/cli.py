@@ -387,7 +387,7 @@ def test_problems(settings)->list[dict]:
     return [p for i, group in enumerate(GROUPS) for p in load_problems(
         source, group, "test", n // 3 + (i < n % 3), seed)]
 
-# %% ../nbs/cli.ipynb #1d93709c
+# %% ../nbs/cli.ipynb #c3d8c300
 def budget(settings, device:str)->dict: # row -> bytes
     "`memory_budget` for a batch of the longest rows."
     from transformers import AutoConfig
@@ -416,12 +416,14 @@ def run_info(settings)->None:
     print(f"memory: {sum(rows.values()) / 1e6:,.0f} MB of tensors at most, "
           "of which")
     for name, size in rows.items(): print(f"  {name:20}{size / 1e6:10,.1f} MB")
-    try:
-        source = find_base(settings.model.name)[0]
-        rows = prepared(settings, load_tokenizer(source))
-        print(data_line(*rows))
-        print(overlap_lines([*rows[0], *rows[1]], test_problems(settings)))
-    except (OSError, ValueError) as e: print(f"data: not loaded. {e}")
+    rows = prepared(settings, load_tokenizer(
+        find_base(settings.model.name)[0]))
+    print(data_line(*rows))
+    try: tests = test_problems(settings)
+    except (OSError, ValueError) as e:
+        if settings.data.test_source: raise
+        return print(f"overlap: nothing to compare with. {e}")
+    print(overlap_lines([*rows[0], *rows[1]], tests))
 
 # %% ../nbs/cli.ipynb #423d0d53
 def data_line(train_set, validation_set, report:dict)->str:

@@ -483,7 +483,8 @@ def plot_run(run:Run): # -> matplotlib Figure
         points = [(h["step"], h[key]) for h in run.history if key in h]
         if points: where.plot(*zip(*points), style, label=name,
                               color="C1" if where is right else None)
-    best = [h for h in run.history if h.get("eval_loss") == run.best_loss]
+    best = [h for h in run.history # a live curve has no best loss yet
+            if "eval_loss" in h and h["eval_loss"] == run.best_loss]
     if best:
         ax.annotate("kept", (best[0]["step"], run.best_loss), xytext=(0, 18),
                     textcoords="offset points", ha="center",
