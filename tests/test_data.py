@@ -209,6 +209,17 @@ def test_every_fault_is_counted(tmp_path, tokenizer):
         prepare(str(path))
 
 
+def test_solutions_of_one_question_stay_together(tmp_path, tokenizer):
+    rows = [dict(question=f"How many are {i}?", answer=f"step {s}\n#### {i}")
+            for s in range(4) for i in range(30)]
+    path = tmp_path / "several.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    train, validation, report = prepare(str(path), tokenizer=tokenizer)
+    assert report == dict(read=120, kept=120, dropped={})
+    assert (len(train), len(validation)) == (108, 12)
+    assert not {*train["question"]} & {*validation["question"]}
+
+
 def test_nothing_left_is_an_error(tmp_path, tokenizer):
     path = tmp_path / "one.jsonl"
     path.write_text(json.dumps(ROW))

@@ -9,7 +9,7 @@ __all__ = ['ARITHMETIC', 'STORIES', 'KINDS', 'GROUPS', 'OPERATORS', 'SYMBOLS', '
            'draw_problem', 'make_problems', 'read_line', 'read_jsonl', 'problem_files', 'load_hub', 'load_problems',
            'one_of', 'to_messages', 'parse_completion', 'control_pattern', 'break_up', 'encode_texts', 'encode_text',
            'template_parts', 'frame', 'build_prompt', 'encode_problems', 'encode', 'show_mask', 'reason_to_drop',
-           'sort_out', 'prepare', 'overlap']
+           'sort_out', 'hold_back', 'prepare', 'overlap']
 
 # %% ../nbs/00_data.ipynb #c9cbf844
 import ast, json, logging, operator, random, re, zlib
@@ -467,7 +467,7 @@ def show_mask(example:dict, tokenizer, **kwargs, # passed on to `encode`
     return ('<div style="font-family:monospace;white-space:pre-wrap;'
             f'line-height:1.7">{"".join(spans)}</div>')
 
-# %% ../nbs/00_data.ipynb #102c57df
+# %% ../nbs/00_data.ipynb #d359c320
 def reason_to_drop(example:dict, calculator:str="strip",
                    style:str="think")->str|None:
     "Why a problem cannot be trained on, or None if it can."
@@ -479,16 +479,27 @@ def reason_to_drop(example:dict, calculator:str="strip",
 
 def sort_out(problems, calculator:str="strip", style:str="think",
              )->tuple[list[dict], Counter]: # kept, and reason -> dropped
-    "Keep each good problem once."
+    "Keep each good problem once; another solution of it is not the same."
     kept, dropped, seen = [], Counter(), set()
     for p in problems:
-        why = reason_to_drop(p, calculator, style)
-        if not why and p["question"] in seen: why = "duplicate"
+        why, text = reason_to_drop(p, calculator, style), (p["question"],
+                                                           p["answer"])
+        if not why and text in seen: why = "duplicate"
         if why: dropped[why] += 1
         else:
-            seen.add(p["question"])
+            seen.add(text)
             kept.append(p)
     return kept, dropped
+
+def hold_back(questions:list[str], # of each row; some may be the same
+              share:float)->list[bool]: # whether a row is for validation
+    "About a share of the rows; all rows of a question go the same way."
+    counts, held, total = Counter(questions), set(), 0
+    for q in list(counts)[:-1]: # at least one is left to train on
+        if total >= max(1, round(share * len(questions))): break
+        held.add(q)
+        total += counts[q]
+    return [q in held for q in questions]
 
 def prepare(source:str="openai/gsm8k", n:int|None=2000,
             validation_split:float=0.1, # share of the kept rows
@@ -512,11 +523,12 @@ def prepare(source:str="openai/gsm8k", n:int|None=2000,
     data = Dataset.from_list([p | r for p, r, ok in zip(kept, rows, fits)
                               if ok])
     report = dict(read=len(problems), kept=len(data), dropped=dict(dropped))
-    if len(data) < 2:
+    held = hold_back([p["question"] for p, ok in zip(kept, fits) if ok],
+                     validation_split)
+    if not any(held):
         raise ValueError(f"{source}: too few problems left, need 2: {report}")
-    held = min(max(1, round(validation_split * len(data))), len(data) - 1)
-    return (data.select(range(held, len(data))), data.select(range(held)),
-            report)
+    return *(data.select([i for i, h in enumerate(held) if h == part])
+             for part in (False, True)), report
 
 # %% ../nbs/00_data.ipynb #25a6f59c
 def overlap(train, # rows with a question
