@@ -1,17 +1,18 @@
 # Every target works from a bare clone; the environment is made when needed.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two notebook workers share the cores, so each gets half of them. Two thread
-# pools that compete for the same cores are several times slower than that.
+# Two workers share the cores, for notebooks and for tests, so each gets half of
+# them. Two thread pools that compete for the same cores are several times slower.
 THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 1 )))
 
-.PHONY: help install run test lab demo notebooks student clean
+.PHONY: help install run test lab demo distill notebooks student clean
 
 help:
 	@echo "make run        the tour, on the bundled student: a table and a page"
 	@echo "make test       notebooks clean and in sync, every notebook, tests/"
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make demo       the widget as a page of its own, on 127.0.0.1:8866"
+	@echo "make distill    a teacher is trained and writes, the student learns from it"
 	@echo "make install    only the environment (run and test make it too)"
 	@echo "make notebooks  run the notebooks, keep their outputs, render README"
 	@echo "make student    pre-train the student into _build/student (over an hour)"
@@ -32,13 +33,25 @@ test: install
 	$(BIN)/python -m pytest -q tests/test_sync.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/nbdev_test --path . --n_workers 2 --timing
 	@echo "$$(ls index.ipynb nbs/*.ipynb | wc -l) notebooks ran from top to bottom"
-	$(BIN)/python -m pytest -q -rs tests
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests
 
 lab: install
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.
 
 demo: install
 	$(BIN)/voila nbs/app.ipynb --Voila.ip=127.0.0.1 --port=8866
+
+# The teacher learns from written solutions; the student only from the teacher.
+DISTILL := _build/distill
+distill: install
+	rm -rf $(DISTILL)
+	$(BIN)/tiny_reason train --config student --output_dir $(DISTILL)/teacher
+	$(BIN)/tiny_reason distill --config distill --input_file arithmetic \
+	  --data.subset combined --limit 600 --k 2 --temperature 1 \
+	  --teacher_model $(DISTILL)/teacher --output_file $(DISTILL)/traces.jsonl
+	$(BIN)/tiny_reason train --config distill --output_dir $(DISTILL)/student \
+	  --data.source $(DISTILL)/traces.kept.jsonl
+	$(BIN)/tiny_reason evaluate --config $(DISTILL)/student/config.yaml
 
 notebooks: install
 	$(BIN)/python run_index.py nbs/*.ipynb index.ipynb

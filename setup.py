@@ -23,7 +23,8 @@ setup(
     package_data={lib: ['*.yaml', 'configs/*.yaml', 'student/*']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={'dev': cfg['dev_requirements'].split(),
+                    'teacher': cfg['teacher_requirements'].split()},
     entry_points={'nbdev': [f'{lib}={lib}._modidx:d'],
                   'console_scripts': cfg.get('console_scripts', '').split()},
 )

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tiny_reason import cli
+from tiny_reason import cli, config
+from tiny_reason.data import make_problems
 
 COMMAND = [sys.executable, "-m", "tiny_reason.cli"]
 SHORT = ["--num_samples", "40", "--warmup_steps", "1", "--eval_steps", "2",
@@ -97,7 +98,7 @@ def test_typos_in_a_file_and_in_a_flag(key, tmp_path, capsys):
                                                    f"--{wrong}", "1")
 
 
-@pytest.mark.parametrize("flag", cli.FLAT.values())
+@pytest.mark.parametrize("flag", config.FLAT.values())
 def test_typos_in_a_short_flag(flag, capsys):
     slip = flag[:-2] + flag[-1]
     assert f"did you mean {flag}" in refused(capsys, "info", slip, "1")
@@ -143,13 +144,14 @@ def test_flags_beat_the_file_wherever_they_stand():
 def test_every_bundled_configuration_is_sound():
     folder = Path(cli.__file__).parent / "configs"
     names = sorted(p.stem for p in folder.glob("*.yaml"))
-    assert names == ["qwen2.5-1.5b", "student", "tinyllama-1.1b"]
+    assert names == ["distill", "qwen2.5-1.5b", "student", "tinyllama-1.1b"]
     for name in names:
         _, settings = cli.parse(["train", "--config", name])
         t = settings.training
         assert t.batch_size * t.gradient_accumulation_steps == 8
         assert (t.max_steps, t.warmup_steps, t.eval_steps) == (250, 50, 50)
-        assert (settings.lora.r, settings.lora.alpha) == (16, 32)
+        found = settings.lora.r, settings.lora.alpha, settings.lora.dropout
+        assert found == ((8, 16, 0.05) if name == "distill" else (16, 32, 0))
 
 
 def test_the_resolved_configuration_gives_itself(tmp_path):
@@ -340,3 +342,82 @@ def test_ctrl_c_says_how_to_go_on(base, tmp_path, capsys):
     done = max(int(p.name[11:]) for p in out.glob("checkpoint-*"))
     assert cli.main([*again, "--resume", "--max_steps", str(done + 2)]) == 0
     assert f"trained: {done + 2} steps" in capsys.readouterr().out
+
+
+# Distillation
+
+def test_distill_train_evaluate(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    problems = [dict(p) for p in make_problems(12, group="familiar")]
+    rows = [*problems, problems[0], dict(question="2 eggs and 3?")]
+    (tmp_path / "ask.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ask = ["distill", "--config", "distill", "--teacher_model", "student",
+           "--teacher_style", "question", "--input_file", "ask.jsonl",
+           "--output_file", "out/traces.jsonl", "--max_new_tokens", "150"]
+    assert cli.main(ask) == 0
+    said = capsys.readouterr().out
+    assert "questions: 13 (1 repeated" in said
+    assert "judged by: gold 12, vote 1" in said
+    assert "13 new, 0 there before" in said
+    assert "--data.source out/traces.kept.jsonl" in said
+    traces = (tmp_path / "out/traces.jsonl").read_bytes()
+    (tmp_path / "out/traces.jsonl").write_bytes(traces[:-9]) # a kill
+    assert cli.main(ask) == 0
+    assert "1 new, 12 there before" in capsys.readouterr().out
+    assert (tmp_path / "out/traces.jsonl").read_bytes() == traces
+    kept = [json.loads(x) for x in (tmp_path / "out/traces.kept.jsonl")
+            .read_text().splitlines()]
+    assert {"question", "cot", "answer", "prediction"} <= set(kept[0])
+
+    train = ["train", "--config", "distill", "--data.source",
+             "out/traces.kept.jsonl", *SHORT, "--max_steps", "2"]
+    for style in ("question", "think"):
+        assert cli.main([*train, "--data.style", style, "--overwrite"]) == 0
+        assert f"{len(kept)} kept (dropped: none)" in capsys.readouterr().out
+    assert cli.main(["evaluate", "--config", "outputs/distill/config.yaml",
+                     "--limit", "3", "--max_new_tokens", "150"]) == 0
+    found = [json.loads(x) for x in Path("outputs/distill/predictions.jsonl")
+             .read_text().splitlines()]
+    assert len(found) == 3 and set(found[0]) == {
+        "question", "generated_text", "prediction", "gold_answer"}
+    capsys.readouterr()
+
+    # The tuned model teaches; its traces are not mixed with the base's
+    ask[ask.index("student")] = "outputs/distill"
+    assert cli.main(ask) == 1
+    assert "written with teacher" in capsys.readouterr().err
+    assert (tmp_path / "out/traces.jsonl").read_bytes() == traces
+    ask[ask.index("out/traces.jsonl")] = "out/second.jsonl"
+    assert cli.main([*ask, "--limit", "2"]) == 0
+
+
+@pytest.mark.parametrize("flags, code, words", [
+    (["--input_file", "ask.jsonl"], 2, "needs --output_file"),
+    (["--output_file", "out.jsonl"], 2, "needs --input_file"),
+    (["--teacher_style", "chat"], 2, "think, question or instruction"),
+    (["--timeout", "0"], 2, "a number above 0"),
+    (["--input_file", "no.jsonl", "--output_file", "o.jsonl"], 1, "no.jsonl"),
+    (["--input_file", "bad.jsonl", "--output_file", "o.jsonl"], 1, "line 2"),
+    (["--input_file", "torn.jsonl", "--output_file", "o.jsonl"], 1, "line 2"),
+    (["--input_file", "empty.jsonl", "--output_file", "o.jsonl"], 1,
+     "holds no problem"),
+    (["--input_file", "ask.jsonl", "--output_file", "folder"], 1,
+     "cannot write traces to folder: it is a folder"),
+    (["--input_file", "ask.jsonl", "--output_file", "ask.jsonl"], 1,
+     "ask.jsonl, line 1: not a trace"),
+    (["--input_file", "ask.jsonl", "--output_file", "o.jsonl",
+      "--teacher_url", "127.0.0.1:1"], 1, "no address"),
+])
+def test_distill_on_bad_input(flags, code, words, tmp_path, monkeypatch,
+                              capsys):
+    monkeypatch.chdir(tmp_path)
+    good = '{"question": "2 eggs and 3?", "answer": "2+3=5\\n#### 5"}\n'
+    Path("folder").mkdir()
+    for name, text in dict(ask=good, bad=good + '{"answer": "5"}\n', empty="",
+                           torn=good + '{"question": "3 e').items():
+        Path(f"{name}.jsonl").write_text(text)
+    args = ["distill", "--config", "distill", "--teacher_model", "student"]
+    assert cli.main([*args, *flags]) == code
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("tiny_reason: ") and words in said
+    assert Path("ask.jsonl").read_text() == good

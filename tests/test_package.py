@@ -8,12 +8,16 @@ import pytest
 TRAIN = """
 import sys
 for name in ("nbdev", "fastcore", "execnb", "jupyter", "jupyterlab",
-             "notebook", "nbclient", "pytest"):
+             "notebook", "nbclient", "pytest", "openai", "fastapi", "rwkv"):
     sys.modules[name] = None # importing it now fails
 import tiny_reason
 assert "torch" not in sys.modules
 assert tiny_reason.__file__.startswith(sys.argv[1]), tiny_reason.__file__
-from tiny_reason import cli, data, demo, eval, model, pretrain, train
+from tiny_reason import cli, data, demo, distill, eval, model, pretrain, train
+from tiny_reason import rwkv, transformer
+try: distill.endpoint_teacher("http://127.0.0.1:9/v1", "nobody")
+except ImportError as e: assert "tiny_reason[teacher]" in str(e)
+else: raise AssertionError("an extra was not missed")
 base, tokenizer = model.load_base("student", device="cpu")
 rows, held, report = data.prepare("arithmetic", 40, tokenizer=tokenizer)
 args = train.sft_config(sys.argv[2], device="cpu", max_steps=2, eval_steps=1,
@@ -34,7 +38,8 @@ def wheel(copy, tmp_path_factory):
 def test_wheel_holds_configs_and_student(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for needed in ("stories.yaml", "configs/student.yaml",
-                   "configs/qwen2.5-1.5b.yaml", "student/model.safetensors",
+                   "configs/qwen2.5-1.5b.yaml", "configs/distill.yaml",
+                   "student/model.safetensors",
                    "student/tokenizer.json", "student/chat_template.jinja"):
         assert f"tiny_reason/{needed}" in names
     assert not [n for n in names if n.startswith(("nbs", "tests"))]
