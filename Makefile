@@ -5,6 +5,9 @@ BIN := .venv/bin
 # them. Two thread pools that compete for the same cores are several times slower.
 THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 1 )))
 
+# torch's profiler, which counts bytes for us, is chatty.
+export KINETO_LOG_LEVEL := 99
+
 .PHONY: help install run test lab demo distill notebooks student clean
 
 help:

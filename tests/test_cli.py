@@ -421,3 +421,27 @@ def test_distill_on_bad_input(flags, code, words, tmp_path, monkeypatch,
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("tiny_reason: ") and words in said
     assert Path("ask.jsonl").read_text() == good
+
+
+# The bench
+
+def test_bench(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["bench", "--config", "student", "--models", "student",
+            "--tasks", "combined", "--limit", "4", "--max_new_tokens", "80"]
+    assert cli.main([*args, "--output_dir", "out"]) == 0
+    said = capsys.readouterr().out
+    assert "saved: out/bench.md" in said
+    for name in ("bench.md", "bench.json", "bench.png"):
+        assert Path("out", name).stat().st_size > 0
+    assert cli.main([*args, "--output_dir", "out"]) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert cli.main([*args, "--output_dir", "out", "--resume"]) == 0
+    for more, code, words in (
+            (["--tasks", "combind"], 2, "'combined'"),
+            (["--models", "no/such"], 1, "no/such"),
+            (["--models", "student", "student"], 1, "student")):
+        capsys.readouterr()
+        assert cli.main([*args, *more, "--output_dir", "other"]) == code
+        assert words in capsys.readouterr().err.splitlines()[-1]
+    assert cli.main(["bench", "--config", "student"]) == 2

@@ -7,8 +7,7 @@ import pytest
 import torch
 import yaml
 
-from tiny_reason import cli
-from tiny_reason import record
+from tiny_reason import config, record
 from tiny_reason import train as lesson
 from tiny_reason.data import prepare
 from tiny_reason.model import add_lora, load_base, load_tokenizer
@@ -461,7 +460,7 @@ def test_one_sequence_that_does_not_fit(base, data, tmp_path, monkeypatch):
 # The command
 
 def test_the_keys_of_the_card_are_the_command_line_s():
-    known = {f.name for f in fields(cli.Training)}
+    known = {f.name for f in fields(config.Training)}
     assert {*record.TRAINING_KEYS, "batch_size"} <= known
 
 
@@ -488,8 +487,8 @@ def test_the_card_repeats_the_run_bit_by_bit(base, tmp_path):
     assert done.returncode == 0, done.stderr
     card = first / "experiment_config.yaml"
     written = yaml.safe_load(card.read_text())
-    assert list(written) == [*cli.SECTIONS, "record"]
-    for name, part in cli.SECTIONS.items(): # defaults included
+    assert list(written) == [*config.SECTIONS, "record"]
+    for name, part in config.SECTIONS.items(): # defaults included
         assert set(written[name]) == {f.name for f in fields(part)}
     record = written["record"]
     assert record["results"]["loss_tokens"] < record["results"]["tokens"]

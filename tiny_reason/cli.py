@@ -7,7 +7,7 @@ __all__ = ['EXPECTED', 'close_bars', 'complain', 'main', 'quiet', 'chosen_device
            'test_problems', 'budget', 'run_info', 'data_line', 'overlap_lines', 'make_room', 'training_arguments',
            'check_rows', 'run_train', 'result_line', 'how_to_go_on', 'p_text', 'table', 'load_any', 'compared',
            'write_summary', 'asked_of', 'run_evaluate', 'teacher_of', 'run_distill', 'counts', 'traces_line',
-           'run_chat']
+           'run_bench', 'run_chat']
 
 # %% ../nbs/cli.ipynb #7c0a7a1d
 import json, os, shlex, sys
@@ -61,9 +61,10 @@ def main(argv:list[str]|None=None, # default: the process's own
                 and not isinstance(e, SystemExit)): raise
         return complain(e)
 
-# %% ../nbs/cli.ipynb #8d523d1c
+# %% ../nbs/cli.ipynb #9bec7059
 def quiet()->None:
     "Silence what the libraries say about themselves, not our own bars."
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99") # torch's profiler
     import logging, warnings
     import datasets, transformers
     warnings.filterwarnings("ignore")
@@ -402,6 +403,28 @@ def traces_line(report:dict, filtered:dict, out:Path, chosen:Path)->str:
             f"{filtered['solved']:,} questions, in {chosen} (dropped: "
             f"{counts(filtered['dropped'])})\nnext: tiny_reason train "
             f"--config distill --data.source {shlex.quote(str(chosen))}")
+
+# %% ../nbs/cli.ipynb #72a073c4
+def run_bench(settings)->None:
+    "Compare models on tasks; a table, a picture and every cell are saved."
+    from tiny_reason.bench import bench, load_models, named_tasks, to_markdown
+    s, folder = settings, settings.project.output_dir
+    if not s.models or not s.tasks:
+        raise UsageError("bench needs --models and --tasks (see bench --help)")
+    try: tasks = named_tasks(s.tasks, s.limit, seed=s.project.seed,
+                             max_new_tokens=s.max_new_tokens)
+    except ValueError as e: raise UsageError(str(e)) from None
+    models = load_models(s.models, chosen_device(s))
+    try: report = bench(models, tasks, folder, s.resume, s.rounds, True)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{folder} holds the finished cells. To go on: "
+                                "the same command with --resume") from None
+    print(to_markdown(report), f"saved: {folder}/bench.md, bench.json, "
+          "bench.png, and every cell in cells/", sep="\n\n")
+    if report.failed:
+        raise ValueError(f"{len(report.failed)} of {len(report.cells)} cells "
+                         "failed, the reasons are above; the same command with "
+                         "--resume tries them again")
 
 # %% ../nbs/cli.ipynb #0453bf92
 def run_chat(settings)->None:

@@ -93,7 +93,7 @@ class Training:
 SECTIONS = dict(project=Project, model=Model, lora=Lora, data=Data,
                 training=Training)
 
-# %% ../nbs/config.ipynb #093679e1
+# %% ../nbs/config.ipynb #90362abe
 FLAT = {name: "--" + name.replace("lora.", "lora_").rpartition(".")[2]
         for name in """project.output_dir project.adapter_path project.seed
         training.learning_rate training.max_steps training.batch_size
@@ -137,6 +137,18 @@ COMMANDS = {
         "--concurrency": dict(type=PositiveInt, default=8, help=
                               "questions at a time to a server"),
         "--max_new_tokens": LENGTH | dict(default=512)}),
+    "bench": ("compare any number of models on any number of tasks", {
+        "--models": dict(type=str, nargs="+", metavar="MODEL", help=
+                         "presets, folders (model, RWKV-7, adapter) or hub "
+                         "names; NAME:STYLE chooses the prompt format"),
+        "--tasks": dict(type=str, nargs="+", metavar="TASK", help="of gsm8k "
+                        "familiar taught combined perplexity speed memory"),
+        "--limit": dict(type=PositiveInt, help="ask only so many problems"),
+        "--rounds": dict(type=PositiveInt, default=5, help=
+                         "of timings, taken in turn after one to warm up"),
+        "--max_new_tokens": LENGTH | dict(default=512),
+        "--resume": dict(action="store_true", help=
+                         "keep the finished cells that are still true")}),
     "chat": ("answer problems in the terminal", {
         "--prompt": dict(type=str, help="answer this one and end"),
         "--temperature": dict(type=NonNegativeFloat, default=0.1,

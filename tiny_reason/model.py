@@ -347,6 +347,11 @@ def read_config(source, revision=None): # `PretrainedConfig` of a causal LM
     try:
         config = AutoConfig.from_pretrained(source, revision=revision,
                                             trust_remote_code=False)
+    except OSError:
+        if Path(source).is_dir(): raise ValueError(
+            f"{source}/config.json cannot be read: it is damaged.") from None
+        raise ConnectionError(f"There is no folder {source}, and the hub did "
+            "not give it: check the name and the network.") from None
     except (ValueError, KeyError):
         raise ValueError(f"{source} names no architecture that transformers "
             "knows, and code from a model's folder is never run.") from None
