@@ -36,7 +36,8 @@ test: install
 	$(BIN)/python -m pytest -q tests/test_sync.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/nbdev_test --path . --n_workers 2 --timing
 	@echo "$$(ls index.ipynb nbs/*.ipynb | wc -l) notebooks ran from top to bottom"
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile \
+	  --no-loadscope-reorder tests
 
 lab: install
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.

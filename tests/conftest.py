@@ -33,3 +33,10 @@ def base(tmp_path_factory):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     load_tokenizer(student).save_pretrained(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    "The slowest files first: two workers then end at about the same time."
+    slow = ["test_train", "test_browser", "test_cli", "test_model"]
+    items.sort(key=lambda i: slow.index(i.path.stem)
+               if i.path.stem in slow else len(slow))

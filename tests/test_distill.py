@@ -273,6 +273,18 @@ def test_a_teacher_out_of_reach_ends_the_run(tmp_path, server, act, hint,
     assert len(lines_of(out)) == 60
 
 
+def test_a_teacher_that_refuses_every_question(tmp_path, server):
+    "Not one question's fault: a wrong name, say. One question may be."
+    out, good = tmp_path / "o", server.act
+    server.act = says(b"", 400)
+    with pytest.raises(ConnectionError, match="400.*does it know this model"):
+        ask(server, out, ask_for(*map(str, range(60))))
+    assert len(server.seen) <= 20
+    assert ask(server, out, ask_for("a"))["missing"] == {"400 Bad Request": 1}
+    server.act = good
+    assert ask(server, out, ask_for("a"))["written"] == 1
+
+
 def test_a_closed_port(tmp_path, serve):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

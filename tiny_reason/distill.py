@@ -6,7 +6,7 @@
 __all__ = ['ANSWER', 'SETTINGS', 'START', 'LARGEST', 'IN_A_ROW', 'BUSY', 'HINTS', 'written', 'split_trace', 'Teacher',
            'local_teacher', 'read_trace', 'torn', 'read_traces', 'mend', 'earlier', 'trace_file', 'gold_of', 'trace_of',
            'each_once', 'generate_traces', 'wanted', 'fault', 'varied', 'filter_traces', 'read_reply', 'ask_one',
-           'unread', 'reason', 'ask_all', 'check_url', 'client_for', 'endpoint_teacher', 'predictions']
+           'unread', 'hint', 'reason', 'ask_all', 'check_url', 'client_for', 'endpoint_teacher', 'predictions']
 
 # %% ../nbs/05_distill.ipynb #7ec7e95e
 import json, os, re, zlib
@@ -345,9 +345,13 @@ async def unread(response)->None:
 
 # %% ../nbs/05_distill.ipynb #765c7ac6
 IN_A_ROW = 8 # questions without an answer: then the teacher is out of reach
-BUSY = ("408", "409", "429") # any other 4xx is about the question alone
+BUSY = ("408", "409", "429") # any other 4xx is about the question alone,
+                             # once the teacher has answered another
 HINTS = {"401": "set OPENAI_API_KEY", "403": "may this key use that model?",
          "404": "is that the model's name, and does the URL end in /v1?"}
+def hint(why:str)->str: # what to look at
+    return HINTS.get(why[:3]) or ("does it know this model and this length?"
+                                  if why[0] == "4" else "is it up?")
 
 def reason(error:Exception, timeout:float)->str:
     "A failed request in a few words, without what the server said."
@@ -372,12 +376,13 @@ async def ask_all(client, requests:list[dict], done, concurrency:int,
                 why = reason(e, timeout)
                 missing[why] += 1
                 if why[:3] in HINTS: raise ConnectionError(why)
-                if why[0] == "4" and why[:3] not in BUSY: return
+                of_all = why[0] != "4" or why[:3] in BUSY
+                if since["ever"] and not of_all: return
                 since["answer"] += 1
-                if since["answer"] >= min(IN_A_ROW, len(requests)):
-                    raise ConnectionError(why)
+                most = min(IN_A_ROW, len(requests)) if of_all else IN_A_ROW
+                if since["answer"] >= most: raise ConnectionError(why)
             else:
-                since["answer"] = 0
+                since["answer"], since["ever"] = 0, 1
                 done(i, *answer)
     async with anyio.create_task_group() as group:
         for i in range(len(requests)): group.start_soon(one, i)
@@ -436,9 +441,8 @@ def endpoint_teacher(url:str, # of an OpenAI-compatible server, with /v1
             why = group.exceptions[0]
             if not isinstance(why, ConnectionError): raise why from None
             raise ConnectionError(
-                f"{model} at {url}: {why}; "
-                f"{HINTS.get(str(why)[:3], 'is it up?')} What was answered is "
-                "kept: run again to go on") from None
+                f"{model} at {url}: {why}; {hint(str(why))} What was answered "
+                "is kept: run again to go on") from None
     told = "" if system_prompt == SYSTEM_PROMPT else f", told {system_prompt!r}"
     return Teacher(f"{model} at {url}{told}", "think", ask)
 
