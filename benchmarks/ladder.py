@@ -6,17 +6,15 @@ For each seed: 600 training problems, 200 of each group; the traces of each
 source for them; one adapter a source, of equal training tokens; 900 test
 problems, greedy. Every verdict goes to ladder.json, and ladder.md is written
 from it. About an hour and a half on one core."""
-import argparse
 import json
 import random
 import tempfile
 from pathlib import Path
 from time import perf_counter
 
-import datasets
-import transformers
+from spine import arguments, problems
 
-from tiny_reason.data import (GROUPS, build_prompt, load_problems, prepare)
+from tiny_reason.data import GROUPS, build_prompt, load_problems, prepare
 from tiny_reason.distill import (filter_traces, generate_traces,
                                  local_teacher, read_traces)
 from tiny_reason.eval import (evaluate, majority, mcnemar, self_consistency,
@@ -29,11 +27,6 @@ LIMIT = 200      # tokens of an answer
 SAMPLING = dict(k=4, temperature=1.0, max_new_tokens=LIMIT)
 VOTES = 8        # of the base, about the work of training on its own traces
 HERE = Path(__file__).parent
-
-
-def problems(split, n, seed):
-    return [dict(p) for g in GROUPS for p in load_problems(
-        "arithmetic", g, split, n, 3407 + seed)]
 
 
 def write(path, rows):
@@ -171,15 +164,31 @@ def table(result):
     return lines
 
 
+def page(result):
+    "The lines of ladder.md, from what ladder.json holds."
+    return [
+        "# The ladder: sources of reasoning at equal training tokens", "",
+        f"{result['budget']:,} training tokens an adapter, prompts included "
+        "(r=8, alpha=16, dropout 0.05, style `question`; the best of four "
+        "checkpoints by validation loss on the same source). 600 training "
+        "problems a seed, 200 of each group; "
+        f"{SAMPLING['k']} samples a problem at temperature "
+        f"{SAMPLING['temperature']:g} where a model writes; unfiltered: every "
+        "trace that states an answer, exact repeats once. "
+        f"{result['n']} test "
+        "problems a group, the same for all, greedy; brackets: Wilson's 95 % "
+        "interval; p: exact McNemar on the *combined* problems, same seed. "
+        "Work: thousands of tokens through the model until all test questions "
+        "are answered; a training token counts twice (forward, backward); "
+        "the teacher's own training is not counted.", "",
+        *table(result), "",
+        f"{result['minutes']:.0f} minutes on one core of an Intel Xeon "
+        "(Sapphire Rapids class, AMX), no GPU, beside other programs: `python "
+        "benchmarks/ladder.py`.", ""]
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--n", type=int, default=300,
-                        help="test problems a group")
-    args = parser.parse_args()
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    args = arguments(__doc__)
     base, tokenizer = load_base("student")
     base, test = merge(base), problems("test", args.n, 0)
     result, start = dict(n=args.n, budget=BUDGET, seeds=[]), perf_counter()
@@ -188,24 +197,8 @@ def main():
             seed, test, base, tokenizer)))
         result["minutes"] = (perf_counter() - start) / 60
         (HERE / "ladder.json").write_text(json.dumps(result, indent=1) + "\n")
-    lines = [
-        "# The ladder: sources of reasoning at equal training tokens", "",
-        f"{BUDGET:,} training tokens an adapter, prompts included (r=8, "
-        "alpha=16, dropout 0.05, style `question`; the best of four "
-        "checkpoints by validation loss on the same source). 600 training problems a seed, 200 of each group; "
-        f"{SAMPLING['k']} samples a problem at temperature "
-        f"{SAMPLING['temperature']:g} where a model writes. {args.n} test "
-        "problems a group, the same for all, greedy; brackets: Wilson's 95 % "
-        "interval; p: exact McNemar on the *combined* problems, same seed. "
-        "Work: thousands of tokens through the model until all test questions "
-        "are answered; a training token counts twice (forward, backward); "
-        "the teacher's own training is not counted.", "",
-        *table(result), "",
-        f"{result['minutes']:.0f} minutes on one core of an Intel Xeon "
-        "(Sapphire Rapids class, AMX), no GPU: `python benchmarks/ladder.py`.",
-        ""]
-    (HERE / "ladder.md").write_text("\n".join(lines))
-    print("\n".join(lines))
+    (HERE / "ladder.md").write_text("\n".join(page(result)))
+    print((HERE / "ladder.md").read_text())
 
 
 if __name__ == "__main__": main()

@@ -30,8 +30,9 @@ WAYS = {"chat": dict(style="think", prime=False),
 TUNED = WAYS["chat, <think> opened"] # as in training
 
 
-def problems(split, n):
-    return [p for g in GROUPS for p in load_problems("arithmetic", g, split, n)]
+def problems(split, n, seed=0):
+    return [dict(p) for g in GROUPS for p in load_problems(
+        "arithmetic", g, split, n, 3407 + seed)]
 
 
 def tune(subset, seed):
@@ -54,15 +55,20 @@ def cell(report, p=None):
 def flags(report): return [r["correct"] for r in report.records]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def arguments(text):
+    "Seeds and test problems a group; the libraries are silenced."
+    parser = argparse.ArgumentParser(description=text.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--n", type=int, default=300,
                         help="test problems a group")
-    args = parser.parse_args()
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    return parser.parse_args()
+
+
+def main():
+    args = arguments(__doc__)
     start = perf_counter()
     base, tokenizer = load_base("student")
     base = merge(base)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tiny_reason import cli, config
+from tiny_reason import cli, config, record
 from tiny_reason.data import make_problems
 
 COMMAND = [sys.executable, "-m", "tiny_reason.cli"]
@@ -317,7 +317,9 @@ def test_chat_in_a_terminal(base, tmp_path):
     finally: terminal.close(force=True)
 
 
-def test_ctrl_c_says_how_to_go_on(base, tmp_path, capsys):
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130),
+                                        (signal.SIGTERM, 143)])
+def test_a_signal_says_how_to_go_on(sent, code, base, tmp_path, capsys):
     out = tmp_path / "out"
     process = subprocess.Popen(
         [*COMMAND, "train", "--config", "student", "--model.name", str(base),
@@ -325,16 +327,17 @@ def test_ctrl_c_says_how_to_go_on(base, tmp_path, capsys):
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
         until = time.time() + 90
-        while not list(out.glob("checkpoint-*/trainer_state.json")):
+        while not list(out.glob("checkpoint-*")):
             assert process.poll() is None and time.time() < until
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        process.send_signal(sent)
         said = process.communicate(timeout=60)[1]
     finally: process.kill()
-    assert process.returncode == 130 and "Traceback" not in said
+    assert process.returncode == code and "Traceback" not in said
     last = said.strip().splitlines()[-1]
     assert "tiny_reason: interrupted." in last
     assert f"train --config {out}/config.yaml --resume" in last
+    assert record.last_checkpoint(out) in last
 
     again = ["train", "--config", str(out / "config.yaml")]
     assert cli.main(again) == 1
@@ -357,7 +360,7 @@ def test_distill_train_evaluate(tmp_path, capsys, monkeypatch):
     assert cli.main(ask) == 0
     said = capsys.readouterr().out
     assert "questions: 13 (1 repeated" in said
-    assert "judged by: gold 12, vote 1" in said
+    assert "judged by: gold: 12, vote: 1" in said
     assert "13 new, 0 there before" in said
     assert "--data.source out/traces.kept.jsonl" in said
     traces = (tmp_path / "out/traces.jsonl").read_bytes()

@@ -519,27 +519,6 @@ def test_two_processes_train_as_one(base, tmp_path):
         assert a.get("tokens") == b.get("tokens")
 
 
-def test_sigterm_saves_and_says_how_to_go_on(base, tmp_path):
-    import time
-    out = tmp_path / "out"
-    args = [*SHORT, "--model.name", str(base), "--output_dir", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tiny_reason.cli", "train", *args,
-         "--max_steps", "5000"], stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL)
-    try:
-        until = time.time() + 90
-        while not list(out.glob("checkpoint-*")):
-            assert process.poll() is None and time.time() < until
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=60)[1]
-    finally: process.kill()
-    assert process.returncode == 143 and "Traceback" not in said
-    assert f"train --config {out}/config.yaml --resume" in said
-    assert lesson.last_checkpoint(out) in said
-
-
 # A picture of a run that is not over
 
 @pytest.mark.parametrize("history", [

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXPECTED', 'close_bars', 'complain', 'main', 'quiet', 'chosen_device', 'plain', 'adapter_folder', 'prepared',
-           'test_problems', 'budget', 'run_info', 'data_line', 'overlap_lines', 'make_room', 'training_arguments',
-           'check_rows', 'run_train', 'result_line', 'how_to_go_on', 'p_text', 'table', 'load_any', 'compared',
-           'write_summary', 'asked_of', 'run_evaluate', 'teacher_of', 'run_distill', 'counts', 'traces_line',
-           'run_bench', 'run_chat']
+           'test_problems', 'budget', 'run_info', 'counts', 'data_line', 'overlap_lines', 'make_room',
+           'training_arguments', 'check_rows', 'run_train', 'result_line', 'how_to_go_on', 'p_text', 'table',
+           'load_any', 'compared', 'write_summary', 'asked_of', 'run_evaluate', 'teacher_of', 'run_distill',
+           'traces_line', 'run_bench', 'run_chat']
 
 # %% ../nbs/cli.ipynb #7c0a7a1d
 import json, os, shlex, sys
@@ -155,13 +155,15 @@ def run_info(settings)->None:
         return print(f"overlap: nothing to compare with. {e}")
     print(overlap_lines([*rows[0], *rows[1]], tests))
 
-# %% ../nbs/cli.ipynb #423d0d53
+# %% ../nbs/cli.ipynb #52329a99
+def counts(numbers:dict)->str: # "wrong answer: 12, duplicate: 3"
+    return ", ".join(f"{k}: {n:,}" for k, n in numbers.items()) or "none"
+
 def data_line(train_set, validation_set, report:dict)->str:
     "The hygiene report of `prepare` in one line."
-    dropped = ", ".join(f"{k}: {n}" for k, n in report["dropped"].items())
     return (f"data: {report['read']:,} read, {report['kept']:,} kept "
-            f"(dropped: {dropped or 'none'}); {len(train_set):,} to train on, "
-            f"{len(validation_set):,} to validate")
+            f"(dropped: {counts(report['dropped'])}); {len(train_set):,} to "
+            f"train on, {len(validation_set):,} to validate")
 
 def overlap_lines(train:list[dict], test:list[dict])->str:
     "How much of the test problems training has seen, a line for each kind."
@@ -351,7 +353,7 @@ def run_evaluate(settings)->None:
     print(f"records: {folder}/*.jsonl, summary.json; predictions.jsonl is "
           f"{name}")
 
-# %% ../nbs/cli.ipynb #a31feef6
+# %% ../nbs/cli.ipynb #16e42fb6
 def teacher_of(settings): # -> distill.Teacher
     "The teacher that the flags name: behind the URL, or loaded here."
     from tiny_reason.distill import endpoint_teacher, local_teacher
@@ -389,9 +391,6 @@ def run_distill(settings)->None:
     if report["missing"]:
         raise ConnectionError(f"no answer to {counts(report['missing'])}: the "
                               "same command asks for these again")
-
-def counts(numbers:dict)->str: # "wrong answer 12, duplicate 3"
-    return ", ".join(f"{k} {n:,}" for k, n in numbers.items()) or "none"
 
 def traces_line(report:dict, filtered:dict, out:Path, chosen:Path)->str:
     "What `distill` did, in words, and what to type next."

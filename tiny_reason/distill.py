@@ -89,7 +89,7 @@ def local_teacher(model, tokenizer, # a causal language model
         return {}
     return Teacher(f"{folder} {weights}", style, ask)
 
-# %% ../nbs/05_distill.ipynb #ab390a66
+# %% ../nbs/05_distill.ipynb #b8c4bf10
 SETTINGS = ("teacher", "style", "temperature", "max_new_tokens", "seed")
 
 def read_trace(line:bytes)->dict|None: # None: not a line that we wrote
@@ -124,7 +124,8 @@ def mend(path:Path)->None:
     "End the last line of a file, or remove it if a kill has torn it."
     whole, _, last = path.read_bytes().rpartition(b"\n")
     if not last: return
-    if read_trace(last): path.open("ab").write(b"\n")
+    if read_trace(last):
+        with path.open("ab") as file: file.write(b"\n")
     else: os.truncate(path, path.stat().st_size - len(last))
 
 def earlier(path:Path, settings:dict)->set[tuple[str, int]]:
@@ -343,7 +344,7 @@ async def unread(response)->None:
     "Hang up on an error: its text is not used, and may never end."
     if response.is_error: await response.aclose()
 
-# %% ../nbs/05_distill.ipynb #765c7ac6
+# %% ../nbs/05_distill.ipynb #076fe12b
 IN_A_ROW = 8 # questions without an answer: then the teacher is out of reach
 BUSY = ("408", "409", "429") # any other 4xx is about the question alone,
                              # once the teacher has answered another
