@@ -64,14 +64,16 @@ def test_a_real_process_exits_with_2_and_one_line():
     (["train", "--lora.dropout", "1"], "below 1"),
     (["train", "--model.device", "gpu"], "cuda"),
     (["train", "--model.four_bit", "3"], "true or false"),
-    (["train", "--data.style", "thinking"], "think or instruction"),
-    (["train", "--data.calculator", "drop"], "strip or keep"),
+    (["train", "--data.style", "thinking"], "think, instruction or question"),
+    (["train", "--data.calculator", "drop"], "strip, keep or equations"),
     (["train", "--config", "student", "--save_steps", "30"],
      "multiple of training.eval_steps"),
     (["train", "--lora_r"], "expected one argument"),
     (["train", "student"], "student"),
     (["chat", "--resume"], "unknown flag --resume"),
     (["chat", "--temperature", "-1"], "0 or more"),
+    (["chat", "--mode", "genrate"],
+     "reasoning, chat or generate; did you mean 'generate'?"),
 ])
 def test_wrong_arguments(args, words, capsys):
     assert words in refused(capsys, *args)
@@ -280,6 +282,42 @@ def test_chat_without_an_adapter_says_so(base, tmp_path, capsys):
                      "--max_new_tokens", "4"]) == 0
     said = capsys.readouterr()
     assert "no adapter" in said.err and "answer: " in said.out
+
+
+def test_chat_with_whatever_was_trained(base, tmp_path, capsys, monkeypatch):
+    from tiny_reason.model import add_lora, load_base
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_base(str(base), device="cpu")
+    add_lora(model).save_pretrained("outputs/student")
+    tokenizer.save_pretrained("outputs/student")
+    def chat(*args):
+        code = cli.main(["chat", "--config", "student", "--max_new_tokens", "4",
+                         *args])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+    ask = ["--prompt", "Nora has 2 eggs. "]
+    for mode in ("chat", "generate"):
+        code, out, err = chat("--mode", mode, *ask, "--model.name", str(base))
+        assert (code, err) == (0, "") and "answer: " not in out
+    # An adapter by its folder; an adapter of another model is left alone
+    assert chat(*ask, "--model.name", "outputs/student")[::2] == (0, "")
+    code, _, err = chat(*ask)
+    assert code == 0 and f"was made for {base}" in err
+    code, _, err = chat("--mode", "chat", "--prompt", "eggs " * 3000)
+    assert code == 1 and "context is 2,048 tokens\n" in err
+
+
+def test_a_text_to_continue_is_taken_to_the_letter(monkeypatch):
+    from types import SimpleNamespace
+    from io import StringIO
+    def asked(mode, prompt=None, piped=""):
+        monkeypatch.setattr(sys, "stdin", StringIO(piped))
+        return cli.asked_text(SimpleNamespace(mode=mode, prompt=prompt))
+    for text in ("### Answer:\n", " 2 eggs  "):
+        assert asked("generate", text) == asked("generate", None, text) == text
+        assert asked("chat", text) == asked("reasoning", None, text) == (
+            text.strip())
+    with pytest.raises(ValueError, match="empty"): asked("generate", None, "\n")
 
 
 def test_chat_in_a_terminal(base, tmp_path):

@@ -329,11 +329,50 @@ def test_missing_and_misshapen_tensors(base):
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({k: v for k, v in tensors.items() if k != name}, file,
               {"format": "pt"})
-    with pytest.raises(ValueError, match="lack 1 tensors.*up_proj"):
+    with pytest.raises(ValueError, match="qwen2: 1 missing, the first .*up_pr"):
         m.load_base(base, device="cpu")
     save_file(tensors | {name: torch.zeros(3, 3)}, file, {"format": "pt"})
-    with pytest.raises(ValueError, match="do not fit its config"):
-        m.load_base(base, False, device="cpu")
+    for four_bit in True, False:
+        with pytest.raises(ValueError, match="1 of another shape, the first .*"
+                           "up_proj"): m.load_base(base, four_bit, "cpu")
+    more = {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(tensors | more, file, {"format": "pt"}) # as old Llamas have it
+    m.load_base(base, device="cpu")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_numbers_that_are_none(base, adapter, value):
+    "They would be hidden by NF4, so the file is asked."
+    for file, name in (
+            (Path(base, "model.safetensors"),
+             "model.layers.1.mlp.up_proj.weight"),
+            (adapter / "adapter_model.safetensors", "base_model.model.model."
+             "layers.0.mlp.down_proj.lora_B.weight")):
+        tensors = load_file(file)
+        tensors[name][0, :2] = value
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"^2 of the .* of {name} in .*"):
+            m.load_tuned(adapter, device="cpu")
+
+
+def test_a_tokenizer_of_another_model(base, adapter, tmp_path):
+    "More rows than tokens are usual; a token without a row is an error."
+    shutil.copytree(base, tmp_path / "b",
+                    ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(FileNotFoundError, match="b holds no tokenizer"):
+        m.load_base(tmp_path / "b", device="cpu")
+    small = SHAPES["qwen2, untied"].to_dict() | dict(vocab_size=1151)
+    saved(Qwen2Config(**small), base)
+    for call in (lambda: m.load_base(base, device="cpu"),
+                 lambda: m.load_tuned(adapter, device="cpu")):
+        with pytest.raises(ValueError, match="rows for 1,151 tokens and the "
+                           "tokenizer has 1,152"): call()
+    saved(Qwen2Config(**small | dict(vocab_size=1153)), base)
+    tokenizer = m.load_base(base, device="cpu")[1]
+    tokenizer.add_tokens(["one", "two"])
+    tokenizer.save_pretrained(adapter)
+    with pytest.raises(ValueError, match="adapter: .* 1,153 .* has 1,154"):
+        m.load_tuned(adapter, device="cpu")
 
 
 def test_bad_adapters(base, adapter, tmp_path):

@@ -1,22 +1,26 @@
 """RWKV-7: the reference on more shapes, properties, hostile files."""
 import copy
+import json
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from tiny_reason import model as spine
-from tiny_reason import rwkv
-from tiny_reason.data import prepare
-from tiny_reason.eval import generate_ids
+from tiny_reason.data import make_problems, prepare
+from tiny_reason.demo import stream
+from tiny_reason.eval import evaluate, generate_ids
 from tiny_reason.model import (add_lora, find_base, load_base, load_tokenizer,
-                               merge, peak_bytes)
+                               load_tuned, loaded_bytes, memory_budget, merge,
+                               peak_bytes)
 from tiny_reason.rwkv import (Memory, RWKV7Config, RWKV7ForCausalLM, chunked,
-                              from_reference, load_rwkv, recurrent,
-                              reference_names, training_bytes)
-from tiny_reason.train import sft_config, train
+                              from_reference, recurrent, reference_names,
+                              training_bytes)
+from tiny_reason.train import LossTrainer, save_run, sft_config, train
 
 torch.set_num_threads(1)
 
@@ -42,6 +46,16 @@ def odd():
 
 @pytest.fixture(scope="module")
 def tokenizer(): return load_tokenizer(find_base("student")[0])
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    "A saved RWKV-7 of random weights."
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("rwkv")
+    RWKV7ForCausalLM(RWKV7Config(1152, 64, 2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 # --- the reference package
@@ -283,24 +297,84 @@ def test_peak_of_a_step_is_what_the_formula_says():
     assert abs(peak_bytes(step) / predicted - 1) < 0.15
 
 
-def test_it_goes_through_nf4_lora_and_train(tmp_path, tokenizer, monkeypatch):
-    "The recipe of the spine, unchanged: quantise, adapt, train, merge, write."
-    monkeypatch.setattr(spine, "CAUSAL_LMS", spine.CAUSAL_LMS | {
-        RWKV7Config.model_type: "RWKV7ForCausalLM"})
-    torch.manual_seed(0)
-    RWKV7ForCausalLM(RWKV7Config(1152, 64, 2)).save_pretrained(tmp_path / "b")
-    tokenizer.save_pretrained(tmp_path / "b")
-    base, words = load_base(str(tmp_path / "b"), device="cpu")
-    tuned = add_lora(base, r=4)
-    rows, held, _ = prepare("arithmetic", 44, tokenizer=words)
-    run = train(tuned, words, rows, held, sft_config(
-        str(tmp_path / "run"), "cpu", max_steps=3, eval_steps=3, save_steps=3,
-        per_device_train_batch_size=4, learning_rate=1e-2, warmup_steps=0))
+@pytest.mark.parametrize("four_bit", [True, False])
+def test_rows_of_the_budget_are_exact(four_bit, folder):
+    model, _ = load_base(folder, four_bit, "cpu")
+    tuned = add_lora(model, r=5)
+    budget = memory_budget(RWKV7Config(1152, 64, 2), r=5, batch_tokens=1,
+                           four_bit=four_bit, dtype=torch.float32)
+    for row, size in loaded_bytes(tuned).items():
+        assert budget.get(row, 0) == size, row
+    with pytest.raises(ValueError, match="no KV cache"):
+        memory_budget(model.config, r=0, cache_tokens=10)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_and_peak_with_lora(dtype, checkpointing, tokenizer,
+                                        tmp_path):
+    "Rows of their own, and the same documents side by side in one row."
+    config = RWKV7Config(1152, 128, 3, head_size=32, intermediate_size=640)
+    RWKV7ForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load_base(tmp_path, True, "cpu", dtype)
+    tuned, ids = add_lora(model).train(), torch.arange(512).view(4, 128)
+    if checkpointing: tuned.activation_checkpointing_enable()
+    tuned.enable_input_require_grads()
+    places = torch.arange(128).repeat(4)[None]
+    for given in (dict(input_ids=ids, labels=ids), dict(
+            input_ids=ids.view(1, -1), labels=ids.view(1, -1),
+            position_ids=places)):
+        def step():
+            with torch.autocast("cpu", enabled=dtype.itemsize == 2):
+                output = tuned(**given)
+            output.loss.backward()
+        step()
+        budget = memory_budget(
+            config, batch_tokens=512, dtype=dtype,
+            checkpointing=checkpointing,
+            padded_to=128 if "position_ids" in given else None)
+        assert peak_bytes(step) == pytest.approx(sum(budget[row] for row in (
+            "activations", "logits", "backward of a layer",
+            "adapter copies")), rel=0.05)
+
+
+def test_out_of_memory_is_explained(folder, tmp_path, monkeypatch):
+    "Training asks for the budget of this architecture, in 4 bits or not."
+    def starved(self, model, inputs): raise torch.OutOfMemoryError("fake")
+    monkeypatch.setattr(LossTrainer, "summed_loss", starved)
+    for four_bit in True, False:
+        base, words = load_base(folder, four_bit, "cpu")
+        rows, held, _ = prepare("arithmetic", 44, tokenizer=words)
+        with pytest.raises(MemoryError, match="1 sequence.*activations"):
+            train(add_lora(base, r=4), words, rows, held, sft_config(
+                str(tmp_path), "cpu", per_device_train_batch_size=1))
+
+
+def test_the_whole_path(folder, tmp_path):
+    "Load, adapt, train, save, load, merge, evaluate, stream: as any model."
+    base, words = load_base(folder, device="cpu")
+    tuned, (rows, held, _) = add_lora(base, r=4), prepare(
+        "arithmetic", 44, tokenizer=words)
+    args = sft_config(str(tmp_path / "run"), "cpu", max_steps=3, eval_steps=3,
+                      save_steps=3, per_device_train_batch_size=4,
+                      learning_rate=1e-2, warmup_steps=0)
+    run = train(tuned, words, rows, held, args)
     assert run.steps == 3
-    merged = merge(tuned)
+    saved = save_run(run, tuned, words, rows, args, str(tmp_path / "saved"))
+    again, words = load_tuned(saved, device="cpu")
     prompts = [words(t)["input_ids"] for t in ("Amy has 12.", "7+5=")]
-    assert generate_ids(merged, words, prompts, 6) == [
-        generate_ids(merged, words, [p], 6)[0] for p in prompts]
+    written = generate_ids(again, words, prompts, 6)
+    assert again.peft_config["default"].base_model_name_or_path == str(folder)
+    assert written == generate_ids(tuned.eval(), words, prompts, 6)
+    merged = merge(again)
+    assert type(merged) is RWKV7ForCausalLM
+    assert written == [generate_ids(merged, words, [p], 6)[0] for p in prompts]
+    problems = make_problems(2)
+    report = evaluate(merged, words, problems, max_new_tokens=4)
+    assert report.n == 2
+    text = "".join(stream(merged, words, problems[0]["question"], 4, 0))
+    assert report.records[0]["completion"].startswith(text)
 
 
 # --- files
@@ -357,23 +431,72 @@ def test_half_precision_weights_are_read_as_fp32(tmp_path, odd):
                for n, t in odd.state_dict().items())
 
 
-def test_a_saved_folder_must_be_whole(tmp_path, tokenizer):
+def test_a_saved_folder_must_be_whole(folder, tmp_path):
     from safetensors.torch import load_file, save_file
-    model = RWKV7ForCausalLM(RWKV7Config(1152, 64, 1))
-    with pytest.raises(FileNotFoundError, match="config.json"):
-        load_rwkv(tmp_path)
-    model.save_pretrained(tmp_path); tokenizer.save_pretrained(tmp_path)
-    load_rwkv(tmp_path)
-    weights = tmp_path / "model.safetensors"
+    shutil.copytree(folder, tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
     table, whole = load_file(weights), weights.read_bytes()
     name = "model.blocks.0.att.w1"
-    for wrong in ({n: t for n, t in table.items() if n != name},
-                  table | {name: torch.zeros(64, 3)},
-                  table | {"model.blocks.1.att.w1": torch.zeros(3)}):
+    for wrong, says in (
+            ({n: t for n, t in table.items() if n != name}, "1 missing"),
+            (table | {name: torch.zeros(64, 3)}, "1 of another shape"),
+            (table | {"model.blocks.0.att.w11": torch.zeros(3)},
+             "1 not asked for"),
+            (table | {name: table[name] / 0}, "2,048 of the 2,048 numbers")):
         save_file(wrong, weights, {"format": "pt"})
-        with pytest.raises(ValueError, match="att.w1"): load_rwkv(tmp_path)
+        for four_bit in True, False:
+            with pytest.raises(ValueError, match=f"{says}.*att.w1"):
+                load_base(tmp_path / "m", four_bit, "cpu")
     weights.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="damaged"): load_rwkv(tmp_path)
+    with pytest.raises(ValueError, match="not a whole"):
+        load_base(tmp_path / "m", device="cpu")
     weights.write_bytes(whole)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json"): load_rwkv(tmp_path)
+    config = tmp_path / "m" / "config.json"
+    told = json.loads(config.read_text())
+    for text, says in (("{", "config.json cannot be read: it is damaged"),
+                       (json.dumps(told | dict(hidden_size=65)),
+                        "no RWKV-7's: A width of 65 cannot be cut into heads")):
+        config.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            load_base(tmp_path / "m", device="cpu")
+
+
+def test_other_kinds_and_vocabularies_are_told_apart(folder, base, tmp_path):
+    "Each sentence names both sides."
+    def load(name): return load_base(tmp_path / name, device="cpu")
+    shutil.copytree(folder, tmp_path / "claims")
+    shutil.copy(base / "config.json", tmp_path / "claims")
+    with pytest.raises(ValueError, match="asks for qwen2: 15 missing, the "
+                       "first lm_head.weight; .*not asked for, the first head"):
+        load("claims")
+    shutil.copytree(folder, tmp_path / "holds")
+    shutil.copy(base / "model.safetensors", tmp_path / "holds")
+    with pytest.raises(ValueError, match="asks for rwkv7-tiny_reason: .* "
+                       "missing.*not asked for, the first model.embed"):
+        load("holds")
+    for size in 1151, 1153:
+        shutil.copytree(folder, tmp_path / str(size))
+        RWKV7ForCausalLM(RWKV7Config(size, 64, 1)).save_pretrained(
+            tmp_path / str(size))
+        with pytest.raises(ValueError, match=f"rows for {size:,} tokens and "
+                           "the tokenizer has 1,152"): load(str(size))
+    adapter = tmp_path / "adapter"
+    add_lora(load_base(folder, device="cpu")[0], r=2).save_pretrained(adapter)
+    told = json.loads((adapter / "adapter_config.json").read_text())
+    told["base_model_name_or_path"] = str(base)
+    (adapter / "adapter_config.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="does not fit .*is .2, .* in the "
+                       "adapter and missing in the base"):
+        load_tuned(adapter, device="cpu")
+
+
+def test_only_an_rwkv_imports_rwkv(folder):
+    script = """if True:
+        import sys
+        from tiny_reason.model import load_base
+        for name in "student", sys.argv[1]:
+            load_base(name, False, "cpu")
+            print("tiny_reason.rwkv" in sys.modules)"""
+    seen = subprocess.run([sys.executable, "-c", script, str(folder)],
+                          capture_output=True, text=True, check=True)
+    assert seen.stdout.split() == ["False", "True"]

@@ -457,6 +457,16 @@ def test_one_sequence_that_does_not_fit(base, data, tmp_path, monkeypatch):
     assert "max_length" in str(caught.value)
 
 
+def test_what_nobody_counted_is_trained_all_the_same(base, data, tmp_path,
+                                                     monkeypatch, capsys):
+    def uncounted(*args, **kwargs): raise ValueError("not for gpt2")
+    monkeypatch.setattr(lesson, "memory_budget", uncounted)
+    starve(monkeypatch, 0)
+    with pytest.raises(MemoryError, match="1 sequence.*max_length"):
+        fine_tune(base, data, tmp_path)
+    assert "memory is not predicted: not for gpt2" in capsys.readouterr().err
+
+
 # The command
 
 def test_the_keys_of_the_card_are_the_command_line_s():

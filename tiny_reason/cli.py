@@ -7,7 +7,8 @@ __all__ = ['EXPECTED', 'close_bars', 'complain', 'main', 'quiet', 'chosen_device
            'test_problems', 'budget', 'run_info', 'counts', 'data_line', 'overlap_lines', 'make_room',
            'training_arguments', 'check_rows', 'run_train', 'result_line', 'how_to_go_on', 'p_text', 'table',
            'load_any', 'compared', 'write_summary', 'asked_of', 'run_evaluate', 'teacher_of', 'run_distill',
-           'traces_line', 'run_bench', 'run_chat']
+           'traces_line', 'run_bench', 'asked_text', 'load_named', 'run_chat', 'beginning', 'corpus', 'compiles',
+           'training_plan', 'plan_line', 'ready_to_pretrain', 'save_card', 'run_pretrain']
 
 # %% ../nbs/cli.ipynb #7c0a7a1d
 import json, os, shlex, sys
@@ -117,14 +118,13 @@ def test_problems(settings)->list[dict]:
     return [p for i, group in enumerate(GROUPS) for p in load_problems(
         source, group, "test", n // 3 + (i < n % 3), seed)]
 
-# %% ../nbs/cli.ipynb #c3d8c300
+# %% ../nbs/cli.ipynb #2cdc992a
 def budget(settings, device:str)->dict: # row -> bytes
     "`memory_budget` for a batch of the longest rows."
-    from transformers import AutoConfig
-    from tiny_reason.model import compute_dtype, find_base, memory_budget
+    from tiny_reason.model import (compute_dtype, find_base, memory_budget,
+                                   read_config)
     t, longest = settings.training, settings.data.max_length
-    config = AutoConfig.from_pretrained(find_base(settings.model.name)[0],
-                                        trust_remote_code=False)
+    config = read_config(find_base(settings.model.name)[0])
     one_row = device != "cpu" if t.padding_free is None else t.padding_free
     row = t.batch_size * longest if one_row else longest
     return memory_budget(
@@ -172,7 +172,7 @@ def overlap_lines(train:list[dict], test:list[dict])->str:
         f"  {kind:32}{len(rows):6,}"
         for kind, rows in overlap(train, test).items()])
 
-# %% ../nbs/cli.ipynb #5bf7053a
+# %% ../nbs/cli.ipynb #2772021a
 def make_room(settings)->None:
     "Decide about an earlier run's files; `ValueError` if nobody has."
     from tiny_reason.train import last_checkpoint
@@ -182,8 +182,9 @@ def make_room(settings)->None:
         print(f"resuming from {newest}" if newest else
               f"nothing to resume in {folder}: starting at step 0")
         return
-    adapter = adapter_folder(settings) / "adapter_model.safetensors"
-    found = adapter if adapter.is_file() else newest
+    weights = [adapter_folder(settings) / "adapter_model.safetensors",
+               folder / "model.safetensors"]
+    found = next((p for p in weights if p.is_file()), newest)
     if found and not settings.overwrite:
         raise ValueError(f"there is {found}, of an earlier run: add --resume "
                          "to go on from its last checkpoint, --overwrite to "
@@ -425,27 +426,174 @@ def run_bench(settings)->None:
                          "failed, the reasons are above; the same command with "
                          "--resume tries them again")
 
-# %% ../nbs/cli.ipynb #0453bf92
+# %% ../nbs/cli.ipynb #03162aea
+def asked_text(settings)->str|None: # None: ask in the terminal
+    "The text of `--prompt` or of a pipe. `ValueError` if it is empty."
+    text = settings.prompt
+    if text is None:
+        if sys.stdin.isatty(): return None
+        text = sys.stdin.read()
+    if not text.strip():
+        raise ValueError("the prompt is empty: nothing to answer")
+    return text if settings.mode == "generate" else text.strip()
+
+def load_named(settings, device): # as `load_any`
+    "`load_any`, where the name may be an adapter's folder."
+    from tiny_reason.model import find_base, load_base
+    m, p = settings.model, settings.project
+    def base_of(folder): # of the adapter in it; None if there is none
+        card = Path(folder).expanduser() / "adapter_config.json"
+        if not card.is_file(): return None
+        return json.loads(card.read_text()).get("base_model_name_or_path")
+    if base := base_of(m.name): p.adapter_path, m.name = m.name, base
+    found = None if p.adapter_path else base_of(p.output_dir)
+    if (p.adapter_path or found == find_base(m.name)[1]
+            or not found and settings.mode == "reasoning"):
+        return load_any(settings, device)
+    if found: print(f"note: the adapter in {p.output_dir} was made for "
+                    f"{found}, so this is {m.name} alone", file=sys.stderr)
+    return *load_base(m.name, m.four_bit, device), False
+
 def run_chat(settings)->None:
-    "Answer problems in the terminal, with the tuned model if there is one."
+    "Answer in the terminal, with the tuned model if there is one."
     from tiny_reason.demo import answer, chat
     from tiny_reason.model import merge
-    question = settings.prompt
-    if question is None and not sys.stdin.isatty():
-        question = sys.stdin.read()
-    if question is not None and not question.strip():
-        raise ValueError("the problem is empty: nothing to answer")
-    model, tokenizer, tuned = load_any(settings, chosen_device(settings))
-    options = dict(temperature=settings.temperature, seed=settings.project.seed,
+    text = asked_text(settings)
+    model, tokenizer, tuned = load_named(settings, chosen_device(settings))
+    options = dict(mode=settings.mode, temperature=settings.temperature,
                    max_new_tokens=settings.max_new_tokens,
-                   style=settings.data.style)
+                   seed=settings.project.seed, style=settings.data.style)
     chosen = merge(model)
-    if question is not None:
-        answer(chosen, tokenizer, question.strip(), **options)
+    if text is not None: answer(chosen, tokenizer, text, **options)
     elif not tuned: chat(dict(base=chosen), tokenizer, **options)
     else:
         with model.disable_adapter(): base = merge(model)
         chat(dict(base=base, tuned=chosen), tokenizer, **options)
+
+# %% ../nbs/cli.ipynb #f68918dd
+def beginning(settings): # -> (model, tokenizer)
+    "A preset with random weights and the tokenizer of `model.name`; or that."
+    import torch
+    from tiny_reason.model import find_base, load_base, load_tokenizer
+    from tiny_reason.pretrain import new_model
+    m, device = settings.model, chosen_device(settings)
+    if not settings.preset:
+        model, tokenizer = load_base(
+            m.name, m.four_bit and settings.use_lora, device,
+            None if settings.use_lora else torch.float32)
+        return model, tokenizer
+    tokenizer = load_tokenizer(find_base(m.name)[0])
+    torch.manual_seed(settings.project.seed)
+    return new_model(settings.preset, tokenizer, max(
+        2048, settings.row_length)).to(device), tokenizer
+
+def corpus(settings, tokenizer, plan): # -> (documents, held-out rows)
+    "The generator's documents, or the problems of `data.source`, as ids."
+    from itertools import islice
+    from tiny_reason import pretrain as p
+    seed = settings.project.seed
+    if settings.data.source == "arithmetic":
+        held = islice(p.documents(seed + 2), 400)
+        documents, held = (p.encoded(texts, tokenizer)
+                           for texts in (p.documents(seed + 1), held))
+        print("text: the generator's documents")
+    else:
+        *sets, report = prepared(settings, tokenizer)
+        print(data_line(*sets, report))
+        documents = p.repeated(sets[0]["input_ids"], seed)
+        held = sets[1]["input_ids"]
+    if settings.curriculum == "easy-first":
+        documents = p.easy_first(documents, plan.tokens)
+    held = list(islice(p.rows(held, 1, plan.length), 32))
+    if not held:
+        raise ValueError("the part of the text that is held out is shorter "
+                         f"than a row of {plan.length} tokens: choose a "
+                         "smaller --row_length or a larger --validation_split")
+    return documents, held
+
+def compiles(settings)->bool:
+    "Whether to compile: many steps, and a compiler to do it with."
+    import shutil
+    if settings.compile != "auto": return settings.compile == "yes"
+    found = any(map(shutil.which, ("c++", "g++", "clang++")))
+    return found and settings.training.max_steps >= 200
+
+# %% ../nbs/cli.ipynb #a911371e
+def training_plan(settings): # -> pretrain.Plan
+    "The section `training` and the command's own flags as a plan."
+    from tiny_reason.pretrain import Plan
+    t = settings.training
+    return Plan(t.max_steps, t.batch_size, t.gradient_accumulation_steps,
+                settings.row_length, t.learning_rate, max(1, t.warmup_steps),
+                settings.use_8bit)
+
+def plan_line(model, plan, checkpointing:bool)->str:
+    "What is about to happen, and the memory it may take."
+    from tiny_reason import rwkv, transformer
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = sum(p.numel() for p in model.parameters())
+    text = (f"model: {size:,} parameters, {trained:,} of them trained\nplan: "
+            f"{plan.steps:,} steps of {plan.accumulation} × {plan.batch} rows "
+            f"of {plan.length}, {plan.tokens:,} tokens in all")
+    if trained < size: return text
+    if isinstance(model, transformer.Transformer):
+        parts = transformer.training_bytes(model.config, plan.batch,
+                                           plan.length, checkpointing)
+    elif isinstance(model, rwkv.RWKV7ForCausalLM):
+        parts = rwkv.training_bytes(model.config, plan.batch * plan.length)
+    else: return text
+    return f"{text}\nmemory: at most {sum(parts.values()) / 1e6:,.0f} MB"
+
+def ready_to_pretrain(settings, plan): # -> (model, tokenizer, text, held out)
+    "Model and text, with adapters and checkpointing as asked for."
+    from tiny_reason import pretrain as p
+    from tiny_reason.model import add_lora
+    model, tokenizer = beginning(settings)
+    documents, held = corpus(settings, tokenizer, plan)
+    if settings.use_lora:
+        p.check_trained(model, held)
+        model = add_lora(model, **asdict(settings.lora),
+                         seed=settings.project.seed)
+    checkpointing = settings.training.gradient_checkpointing
+    if checkpointing: p.checkpoint_activations(model)
+    print(plan_line(model, plan, checkpointing), flush=True)
+    return model, tokenizer, documents, held
+
+def save_card(settings)->None:
+    "`config.yaml`, by which evaluate, chat and train find the result."
+    out, sections = Path(settings.project.output_dir), plain(settings)
+    if settings.overwrite: # what is no longer true
+        for name in ("adapter_model.safetensors", "adapter_config.json",
+                     "model.safetensors"): (out / name).unlink(missing_ok=True)
+    if not settings.use_lora: sections["model"]["name"] = str(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(yaml.safe_dump(sections, sort_keys=False))
+
+def run_pretrain(settings)->None:
+    "Train on the next token: a preset from nothing, or a model that is there."
+    from tiny_reason.pretrain import pretrain
+    s, out = settings, Path(settings.project.output_dir)
+    if s.preset and s.use_lora:
+        raise UsageError(
+            "--use_lora freezes the base and trains small additions to it, and "
+            f"{s.preset} starts from random numbers: there is nothing to add "
+            "to. Pre-train it without --use_lora, then go on from its folder: "
+            "--model.name FOLDER --use_lora")
+    plan = training_plan(s)
+    make_room(s)
+    *ready, held = ready_to_pretrain(s, plan)
+    save_card(s)
+    try: log = pretrain(*ready, out, plan, held, s.training.save_steps,
+                        compiles(s), s.resume)
+    except KeyboardInterrupt as e:
+        e.args = (f"{e}. To go on: the same command with --resume",)
+        raise
+    last, card = log[-1], shlex.quote(str(out / "config.yaml"))
+    print(f"pre-trained: {last['step']:,} steps in {last['seconds']:.0f} s ("
+          f"{plan.tokens / last['seconds']:,.0f} tokens/s), loss "
+          f"{last['loss']:.3f}, held-out {last['held_out']:.3f}",
+          f"saved: {out}", f"next: tiny_reason evaluate --config {card}",
+          f"  or: tiny_reason chat --mode generate --config {card}", sep="\n")
 
 # %% ../nbs/cli.ipynb #14fdf949
 if __name__ == "__main__" and __package__: sys.exit(main())

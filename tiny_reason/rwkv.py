@@ -6,19 +6,18 @@
 __all__ = ['PRESETS', 'recurrent', 'visible', 'chunked', 'run_chunks', 'shifted', 'ChannelMix', 'ranks', 'RWKV7Config',
            'at_least_fp32', 'TimeMix', 'start_time_mix', 'Memory', 'Block', 'find_starts', 'memories_of', 'RWKV7Model',
            'RWKV7ForCausalLM', 'reference_names', 'check_finite', 'read_pth', 'shape_of', 'from_reference',
-           'state_bytes', 'preset_config', 'count_parameters', 'activation_bytes', 'training_bytes', 'make_optimizer',
-           'check_vocabulary', 'kind_of', 'load_rwkv']
+           'state_bytes', 'preset_config', 'count_parameters', 'activation_bytes', 'adapter_activations',
+           'training_bytes', 'make_optimizer']
 
 # %% ../nbs/08_rwkv.ipynb #cf054fee
-import json, math, pickle
+import math, pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer,
-                          GenerationMixin, PretrainedConfig, PreTrainedModel,
+from transformers import (AutoConfig, AutoModelForCausalLM, GenerationMixin,
+                          PretrainedConfig, PreTrainedModel,
                           initialization as init)
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -465,6 +464,19 @@ def activation_bytes(config, chunk:int=32)->int: # of a token in a layer, fp32
     return round(4 * (numbers + 2 * config.intermediate_size + 4
                       + sum(config.low_ranks.values())))
 
+def adapter_activations(config, r:int=16, # rank of LoRA on all six matrices
+                        itemsize:int=4, # 2 under autocast
+                        packed:bool=False, # documents side by side in a row
+                        )->dict: # part -> bytes of a token in a layer
+    "The same for LoRA on a frozen model; the memory is in fp32 at all times."
+    d, n, c, low = config.hidden_size, config.head_size, 32, config.low_ranks
+    memory = 27 + 6 * n / c + 5 * c / n + 5 / n + 1 / c
+    return {"memory": round(4 * memory * d),
+            "around it": (12 * d + low["w"] + low["g"] + 4) * itemsize,
+            "feed-forward": 2 * config.intermediate_size * itemsize,
+            "adapters": 6 * r * itemsize,
+            "documents": (8 * d + 16 * c + 6) * packed}
+
 def training_bytes(config, tokens:int=4096)->dict: # row -> bytes
     "fp32 training with Adam, `tokens` at a time (whole chunks)."
     n, layers = count_parameters(config), config.num_hidden_layers
@@ -485,42 +497,3 @@ def make_optimizer(model, learning_rate:float=6e-4, weight_decay:float=0.1):
         [group(set(named) - fast - heavy, learning_rate, 0.0),
          group(fast, 2 * learning_rate, 0.0),
          group(heavy, learning_rate, weight_decay)], betas=(0.9, 0.99))
-
-# %% ../nbs/08_rwkv.ipynb #d1b16e66
-def check_vocabulary(model, tokenizer)->None:
-    "`ValueError` unless the model has a row for each of the tokenizer's words."
-    has, knows = model.config.vocab_size, len(tokenizer)
-    if has != knows:
-        raise ValueError(f"The model has a vocabulary of {has:,} and the "
-                         f"tokenizer one of {knows:,}: they were not made for "
-                         "each other.")
-
-def kind_of(folder)->str: # the architecture that a saved model names
-    "Its `model_type`. `FileNotFoundError`, `ValueError`: no saved model."
-    for name in "config.json", "model.safetensors", "tokenizer_config.json":
-        if not Path(folder, name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}.")
-    text = Path(folder, "config.json").read_text(encoding="utf-8")
-    try: return json.loads(text)["model_type"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder}/config.json is no configuration.") from None
-
-def load_rwkv(folder)->tuple: # (model, tokenizer)
-    "A model that `save_pretrained` wrote, with its tokenizer, checked."
-    if (kind := kind_of(folder)) != RWKV7Config.model_type:
-        raise ValueError(f"{folder} holds a checkpoint of {kind}, not of "
-                         f"{RWKV7Config.model_type}. Load it with load_base.")
-    try:
-        model, report = RWKV7ForCausalLM.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True)
-    except SafetensorError:
-        raise ValueError(f"{folder}/model.safetensors is damaged.") from None
-    parts = "missing_keys", "unexpected_keys", "mismatched_keys"
-    if wrong := sorted(str(key) for part in parts for key in report[part]):
-        raise ValueError(f"The weights in {folder} do not fit its config.json: "
-                         f"{len(wrong)} differ, the first is {wrong[0]}.")
-    check_finite(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    check_vocabulary(model, tokenizer)
-    return model, tokenizer

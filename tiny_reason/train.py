@@ -525,7 +525,7 @@ CUTS = {"activations": "shorter rows (max_length) or gradient_checkpointing",
         "adapters": "a smaller rank", "gradients": "a smaller rank"}
 
 def run_budget(trainer)->dict: # row -> bytes
-    "`memory_budget` of the heaviest micro-batch."
+    "`memory_budget` of the heaviest micro-batch; empty if it has none."
     args, base = trainer.args, trainer.model.get_base_model()
     config = copy.deepcopy(base.config)
     four_bit = hasattr(config, "quantization_config")
@@ -533,7 +533,7 @@ def run_budget(trainer)->dict: # row -> bytes
     lengths = sorted(map(len, trainer.train_dataset["input_ids"]))
     some = lengths[-args.per_device_train_batch_size:]
     row = sum(some) if args.padding_free else some[-1]
-    return memory_budget(
+    try: return memory_budget(
         config, trainer.model.peft_config["default"].r,
         row if args.padding_free else row * len(some), four_bit,
         checkpointing=bool(args.gradient_checkpointing),
@@ -541,6 +541,9 @@ def run_budget(trainer)->dict: # row -> bytes
         logit_chunk=max(1, ChunkedLoss.at_once // config.vocab_size),
         padded_to=row if len(some) > 1 else None,
         dtype=compute_dtype(args.device))
+    except ValueError as error: # shapes or optimisers that nobody counted
+        print(f"memory is not predicted: {error}", file=sys.stderr)
+        return {}
 
 def smaller(args:SFTConfig, budget:dict)->SFTConfig:
     "Half the micro-batch, the same step; `MemoryError` at one sequence."
@@ -549,9 +552,10 @@ def smaller(args:SFTConfig, budget:dict)->SFTConfig:
         dear = sorted(budget, key=budget.get, reverse=True)[:3]
         rows = "; ".join(f"{r} {budget[r] / 1e9:.2f} GB ("
                          f"{CUTS.get(r, 'a smaller base')})" for r in dear)
+        told = ("The largest rows of memory_budget, and what cuts them: "
+                if rows else "Shorter rows (max_length) or a smaller base")
         raise MemoryError(f"out of memory with {size} sequence(s) at a time. "
-                          f"The largest rows of memory_budget, and what cuts "
-                          f"them: {rows}")
+                          f"{told}{rows}")
     half = max(d for d in range(1, size // 2 + 1) if size % d == 0)
     args = copy.copy(args)
     args.per_device_train_batch_size = half

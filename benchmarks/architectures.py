@@ -1,0 +1,203 @@
+"""A transformer and RWKV-7 at equal parameters and equal training tokens.
+
+    python benchmarks/architectures.py rates    # which learning rate
+    python benchmarks/architectures.py train [--only rwkv] [--seeds 0 1 2]
+    python benchmarks/architectures.py grade
+    python benchmarks/architectures.py time     # on quiet cores
+
+Both are four layers of 192, and the transformer's feed-forward is as wide as it
+takes to reach RWKV-7's number of parameters. Both read the same worked problems
+of the generator, once, in the same order, with the same plan; the transformer
+does so a second time with the short problems first. `train` leaves its models
+in `--folder` and goes on where it was stopped. Every stage writes its part of
+architectures.json, and architectures.md is written from that. `train` takes two
+hours on one core of two, all else half an hour."""
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import datasets
+import torch
+import transformers
+from transformers import Qwen2Config
+
+from tiny_reason import rwkv
+from tiny_reason.bench import machine, memory, speed
+from tiny_reason.data import GROUPS, load_problems, prepare
+from tiny_reason.eval import evaluate, mcnemar, wilson
+from tiny_reason.model import find_base, load_base, load_tokenizer
+from tiny_reason.pretrain import (Plan, as_function, easy_first,
+                                  make_optimizers, pretrain, rows, train_step)
+from tiny_reason.transformer import Transformer
+
+HERE = Path(__file__).parent
+PLAN = Plan(steps=600, batch=16, length=256)
+RATES = (4e-3, 8e-3)
+BEST = dict(transformer=4e-3, rwkv=4e-3) # of RATES, by `rates`
+CONTEXTS = (128, 1024, 4096, 16_384)
+ARMS = ("transformer", "transformer, easy first", "rwkv")
+
+
+def new_model(arm, tokenizer, seed):
+    "About 2.41 million random weights."
+    torch.manual_seed(seed)
+    ids = dict(pad_token_id=tokenizer.pad_token_id,
+               eos_token_id=tokenizer.eos_token_id)
+    if arm == "rwkv":
+        return rwkv.RWKV7ForCausalLM(rwkv.RWKV7Config(
+            len(tokenizer), hidden_size=192, num_hidden_layers=4, **ids))
+    return Transformer(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=4,
+        num_attention_heads=3, num_key_value_heads=1, intermediate_size=776,
+        max_position_embeddings=CONTEXTS[-1], rope_theta=10_000.0,
+        tie_word_embeddings=True, **ids))
+
+
+def text(tokenizer, seed, plan):
+    "Worked problems as lists of ids, and held-out rows."
+    kept, held, _ = prepare("arithmetic", 25_000, 0.02, seed, tokenizer,
+                            style="question")
+    if sum(map(len, kept["input_ids"])) <= plan.tokens:
+        raise ValueError("more problems are needed than were drawn")
+    return list(kept["input_ids"]), list(rows(held["input_ids"], 16, 256))
+
+
+def train_one(arm, seed, tokenizer, folder, plan=None):
+    "Folder and log of a run; a finished one is not repeated."
+    plan = plan or replace(PLAN, learning_rate=BEST[arm.partition(",")[0]])
+    out = folder / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+    log = out / "pretrain_log.jsonl"
+    if not log.is_file():
+        print(out, flush=True)
+        documents, held = text(tokenizer, seed, plan)
+        if "easy first" in arm: documents = easy_first(documents, plan.tokens)
+        pretrain(new_model(arm, tokenizer, seed), tokenizer, documents, out,
+                 plan, held, save_every=150, resume=True)
+    return out, [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def find_rates(tokenizer, folder, only, **_):
+    "Held-out loss at each rate, on one seed that is not used again."
+    found = {}
+    for arm in filter(only, BEST):
+        for rate in RATES:
+            plan = replace(PLAN, learning_rate=rate)
+            _, log = train_one(arm, 9, tokenizer, folder / f"rate-{rate}",
+                               plan)
+            found[f"{arm}, {rate}"] = log[-1]["held_out"]
+    return dict(rates=found)
+
+
+def train_all(tokenizer, folder, seeds, only, **_):
+    for seed in seeds:
+        for arm in filter(only, ARMS): train_one(arm, seed, tokenizer, folder)
+    return {}
+
+
+def grade_all(tokenizer, folder, seeds, n, **_):
+    "Verdicts of every model, and its log."
+    problems = [dict(p) for g in GROUPS
+                for p in load_problems("arithmetic", g, "test", n)]
+    runs = {}
+    for seed in seeds:
+        for arm in ARMS:
+            out, log = train_one(arm, seed, tokenizer, folder)
+            model, words = load_base(str(out), four_bit=False)
+            report = evaluate(model, words, problems, "question",
+                              max_new_tokens=200)
+            print(arm, seed, report.accuracy, flush=True)
+            runs[f"{arm}, seed {seed}"] = dict(
+                log=log, parameters=sum(p.numel() for p in model.parameters()),
+                right="".join(str(int(r["correct"])) for r in report.records))
+    return dict(runs=runs, plan=vars(PLAN), tokens=PLAN.tokens, n=n)
+
+
+def training_speed(tokenizer, rounds):
+    "Tokens a second of whole training steps, in turn."
+    x, y = next(rows(text(tokenizer, 0, PLAN)[0], PLAN.batch, PLAN.length))
+    jobs = {}
+    for arm in BEST:
+        for way in ("plain", "compiled"):
+            model = new_model(arm, tokenizer, 0)
+            forward = as_function(model, way == "compiled")
+            optimizers = make_optimizers(model, PLAN)
+
+            def step(forward=forward, optimizers=optimizers):
+                train_step(forward, [(x, y)])
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            jobs[f"{arm}, {way}"] = step
+    for job in jobs.values(): job() # compiles
+    taken = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            start = perf_counter()
+            job()
+            taken[name].append(perf_counter() - start)
+    return {name: x.numel() / median(t) for name, t in taken.items()}
+
+
+def time_all(tokenizer, folder, rounds, **_):
+    "Training and decoding speed; bytes remembered against context."
+    torch.set_num_threads(1)
+    models = {arm: load_base(str(folder / f"{arm}-0"), False) for arm in BEST}
+    ms = {arm: {c: [] for c in CONTEXTS} for arm in models}
+    for turn in range(1 + rounds):
+        for c in CONTEXTS:
+            for arm, (model, words) in models.items():
+                rate = speed(model, words, (c,), new=64)["tokens/s"][c]
+                if turn: ms[arm][c].append(1000 / rate)
+    held = {arm: memory(model, words, CONTEXTS, seconds=1e9)
+            for arm, (model, words) in models.items()}
+    return dict(
+        training=training_speed(tokenizer, rounds), machine=machine(),
+        ms={arm: {c: median(t) for c, t in row.items()}
+            for arm, row in ms.items()},
+        held={arm: {"predicted": m["bytes remembered, predicted"],
+                    "held": m["bytes remembered"]} for arm, m in held.items()})
+
+
+def crossings(result):
+    "Tokens of context from which RWKV-7 is the cheaper one: (how, tokens)."
+    a, b = (result["ms"][arm] for arm in ("transformer", "rwkv"))
+    first, last = str(CONTEXTS[0]), str(CONTEXTS[-1])
+    slope = (a[last] - a[first]) / (CONTEXTS[-1] - CONTEXTS[0])
+    level = median(b.values())
+    return {
+        "bytes remembered: 66·192 / (2·64)": 66 * 192 / (2 * 64),
+        "arithmetic of attention against the memory's: 9·64 / 4": 9 * 64 / 4,
+        "ms a token, on the line through the ends": CONTEXTS[0] + (
+            level - a[first]) / slope}
+
+
+STAGES = dict(rates=find_rates, train=train_all, grade=grade_all, time=time_all)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--only", default="", help="arms that begin so")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--n", type=int, default=300,
+                        help="test problems a group")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path,
+                        default=Path("_build/architectures"))
+    args = vars(parser.parse_args())
+    stage, only = args.pop("stage"), args.pop("only")
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    part = STAGES[stage](load_tokenizer(find_base("student")[0]),
+                         only=lambda arm: arm.startswith(only), **args)
+    if only or not part: return
+    path = HERE / "architectures.json"
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(result | part, indent=1) + "\n")
+
+
+if __name__ == "__main__": main()

@@ -1,0 +1,271 @@
+"""Pre-training: every preset's loop, resuming, and what must be refused."""
+import copy
+import json
+import math
+import os
+import random
+import signal
+import threading
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
+
+from tiny_reason import pretrain as p, rwkv
+from tiny_reason.data import load_problems
+from tiny_reason.eval import evaluate
+from tiny_reason.model import (add_lora, find_base, load_base, load_tokenizer,
+                               load_tuned)
+from tiny_reason.record import checkpoints, last_checkpoint
+from tiny_reason.train import Stopped
+from tiny_reason.transformer import Transformer, preset_config
+
+torch.set_num_threads(1)
+PLAN = p.Plan(steps=6, batch=2, length=32, warmup=2)
+KINDS = ("transformer", "rwkv", "adapters")
+
+
+@pytest.fixture(scope="module")
+def words(): return load_tokenizer(find_base("student")[0])
+
+
+def text(words): return p.encoded(p.documents(0), words)
+
+
+def model(kind, words, seed=0):
+    torch.manual_seed(seed)
+    if kind == "rwkv":
+        return rwkv.RWKV7ForCausalLM(rwkv.RWKV7Config(len(words), 64, 2))
+    if kind == "adapters":
+        return add_lora(load_base("student", False, "cpu")[0], r=2, alpha=4)
+    return Transformer(preset_config(
+        "micro", len(words), hidden_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, intermediate_size=96))
+
+
+def run(kind, words, out, plan=PLAN, documents=None, **more):
+    built = model(kind, words)
+    log = p.pretrain(built, words, documents or text(words), out, plan,
+                     compiled=False, **more)
+    return built, log
+
+
+def same(a, b):
+    return all(x.equal(y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+def cut(words, tokens):
+    "The same text, and then the machine dies."
+    for one in text(words):
+        if tokens < 0: raise SystemError("dead")
+        tokens -= len(one)
+        yield one
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_ends_in_the_same_bits(kind, eight_bit, words, tmp_path):
+    plan = p.Plan(steps=6, batch=1, length=64, accumulation=2, warmup=2,
+                  eight_bit=eight_bit)
+    whole, log = run(kind, words, tmp_path / "whole", plan)
+    with pytest.raises(SystemError):
+        run(kind, words, tmp_path / "halves", plan, save_every=2,
+            documents=cut(words, 64 * 2 * 5))
+    assert [c.name for c in checkpoints(tmp_path / "halves")] == [
+        "checkpoint-4"]
+    halves, resumed = run(kind, words, tmp_path / "halves", plan, resume=True)
+    assert same(whole, halves)
+    assert resumed[-1]["loss"] == log[-1]["loss"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_loads_and_answers(kind, words, tmp_path):
+    built, _ = run(kind, words, tmp_path)
+    load = load_tuned if kind == "adapters" else load_base
+    loaded, tokenizer = load(str(tmp_path), four_bit=False, device="cpu")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        mine, theirs = built(ids), loaded(ids).logits
+    mine = getattr(mine, "logits", mine)
+    assert torch.allclose(mine, theirs, atol=1e-4)
+    problems = list(load_problems("arithmetic", n=2))
+    assert evaluate(loaded, tokenizer, problems, "question",
+                    max_new_tokens=4).n == 2
+
+
+@pytest.mark.parametrize("kind", ("transformer", "rwkv"))
+def test_checkpointed_activations_change_no_gradient(kind, words):
+    x, y = next(p.rows(text(words), 2, 32))
+    found = []
+    for checkpointing in (False, True):
+        built = model(kind, words)
+        if checkpointing: p.checkpoint_activations(built)
+        p.train_step(p.as_function(built), [(x, y)])
+        found.append([q.grad for q in built.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("eight_bit,most", [(False, 8), (True, 2.5)])
+def test_bytes_of_the_averages(eight_bit, most, words):
+    torch.manual_seed(0)
+    built = p.new_model("student", words)
+    plan = p.Plan(eight_bit=eight_bit, batch=1, length=16)
+    optimizers = p.make_optimizers(built, plan)
+    p.train_step(p.as_function(built), [next(p.rows(text(words), 1, 16))])
+    for optimizer in optimizers: optimizer.step()
+    size = sum(t.nbytes for t in p.averages(optimizers).values())
+    numbers = sum(q.numel() for q in built.parameters())
+    assert size < most * numbers
+    if not eight_bit: # 4 bytes with Muon, 8 with AdamW
+        table = built.model.embed_tokens.weight.numel()
+        assert size > 4 * numbers + 4 * table
+
+
+def test_muon_has_the_matrices_of_the_layers_and_nothing_else(words):
+    for kind in ("transformer", "rwkv"):
+        built = model(kind, words)
+        muon, adam = p.make_optimizers(built, p.Plan())
+        names = {q: n for n, q in built.named_parameters()}
+        of = lambda o: {names[q] for g in o.param_groups for q in g["params"]}
+        assert len(of(muon)) + len(of(adam)) == len(names)
+        assert not any("emb" in n or "head" in n or ".w1" in n
+                       for n in of(muon))
+        assert all(names_ in of(muon) for names_ in names.values()
+                   if "mlp" in names_ and "proj" in names_)
+
+
+def test_the_schedule_ends_at_the_last_step_whatever_the_accumulation():
+    for steps in (1, 7, 250, 4000):
+        rates = [p.rate_at(s, steps) for s in range(steps)]
+        assert all(0 < r <= 1 for r in rates)
+        assert rates[-1] <= 1 / (0.3 * steps) + 1e-9
+        assert p.rate_at(steps, steps) == 0
+
+
+def test_steps_are_steps_of_the_optimiser(words, tmp_path):
+    counted = []
+    def counting():
+        for one in text(words):
+            counted.append(len(one))
+            yield one
+    plan = p.Plan(steps=3, batch=2, accumulation=4, length=32, warmup=1)
+    built, log = run("transformer", words, tmp_path, plan, counting())
+    assert log[-1]["step"] == 3 and plan.tokens == 3 * 8 * 32
+    assert plan.tokens < sum(counted) < plan.tokens + 2000
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30),
+                min_size=1, max_size=40),
+       st.integers(1, 3), st.integers(1, 7))
+def test_rows_hold_the_text_in_order(documents, batch, length):
+    flat = [i for d in documents for i in d]
+    blocks = list(p.rows(documents, batch, length))
+    seen = [i for x, _ in blocks for i in x.flatten().tolist()]
+    after = [i for _, y in blocks for i in y.flatten().tolist()]
+    assert seen == flat[:len(seen)] and after == flat[1:len(seen) + 1]
+    assert len(flat) - len(seen) <= batch * length
+
+
+@given(st.lists(st.lists(st.just(1), min_size=1, max_size=9), min_size=1),
+       st.integers(1, 100))
+def test_easy_first_only_sorts(documents, tokens):
+    drawn = p.easy_first(iter(documents), tokens)
+    assert [len(d) for d in drawn] == sorted(
+        len(d) for d in documents[:len(drawn)])
+    total = sum(map(len, drawn))
+    assert total > tokens or len(drawn) == len(documents)
+
+
+def test_the_other_architectures_checkpoint_is_refused(words, tmp_path):
+    run("rwkv", words, tmp_path)
+    with pytest.raises(ValueError, match="another model: rwkv7.*not qwen2"):
+        run("transformer", words, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("change", [
+    dict(steps=7), dict(batch=1), dict(accumulation=2), dict(eight_bit=True),
+    dict(learning_rate=1e-3), dict(warmup=3)])
+def test_another_plan_is_refused(change, words, tmp_path):
+    run("transformer", words, tmp_path)
+    key, = change
+    other = p.Plan(**{**vars(PLAN), **change})
+    with pytest.raises(ValueError, match=f"another {key}"):
+        run("transformer", words, tmp_path, other, resume=True)
+
+
+def test_other_text_is_refused(words, tmp_path):
+    run("transformer", words, tmp_path)
+    other = p.encoded(p.documents(1), words)
+    with pytest.raises(ValueError, match="another text"):
+        run("transformer", words, tmp_path, documents=other, resume=True)
+
+
+def test_too_little_text_is_said(words, tmp_path):
+    few = list(islice(text(words), 3))
+    with pytest.raises(ValueError, match="shorter than one batch, 2 rows of"):
+        run("transformer", words, tmp_path,
+            p.Plan(steps=6, batch=2, length=4096), few)
+    with pytest.raises(ValueError, match="ended after . of 600 steps"):
+        run("transformer", words, tmp_path, p.Plan(600, 2, length=32), few)
+
+
+@pytest.mark.parametrize("where", ["weights", "rate"])
+def test_nan_ends_the_run_before_it_touches_a_weight(where, words, tmp_path):
+    built = model("transformer", words)
+    plan = PLAN
+    if where == "weights":
+        with torch.no_grad(): built.model.layers[0].mlp.up_proj.weight[0] = (
+            float("nan"))
+    else: plan = p.Plan(steps=60, batch=2, length=32, warmup=1,
+                        learning_rate=1e9)
+    before = copy.deepcopy(built.state_dict())
+    with pytest.raises(FloatingPointError, match="Lower the learning rate"):
+        p.pretrain(built, words, text(words), tmp_path, plan, compiled=False)
+    if where == "weights":
+        for name, tensor in built.state_dict().items():
+            assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num())
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_ctrl_c_saves_and_says_where(words, tmp_path):
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(Stopped, match="checkpoint-.* is saved") as stopped:
+        run("transformer", words, tmp_path, p.Plan(100_000, 2, length=32))
+    assert stopped.value.signal == signal.SIGINT
+    state = json.loads((tmp_path / last_checkpoint(tmp_path).split("/")[-1]
+                        / "trainer_state.json").read_text())
+    assert state["log"][-1]["step"] > 0
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_torn(words, tmp_path,
+                                                     monkeypatch):
+    monkeypatch.setattr(p.shutil, "disk_usage",
+                        lambda _: type("Disk", (), dict(free=10)))
+    with pytest.raises(OSError, match="the disk of .* is full"):
+        run("transformer", words, tmp_path)
+    assert not checkpoints(tmp_path)
+
+
+def test_no_pickle_is_written(words, tmp_path):
+    run("rwkv", words, tmp_path)
+    endings = {f.suffix for f in tmp_path.rglob("*") if f.is_file()}
+    assert endings <= {".json", ".jsonl", ".safetensors", ".jinja"}
+    load_file(next(tmp_path.glob("checkpoint-*/optimizer.safetensors")))
+
+
+def test_a_preset_that_does_not_exist(words):
+    with pytest.raises(ValueError, match="'micor'; did you mean 'micro'"):
+        p.new_model("micor", words)
+    with pytest.raises(ValueError, match="did you mean 'tiny-rwkv'"):
+        p.new_model("tiny-rwvk", words)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "rwkv"])
+def test_random_weights_are_known_by_their_guesses(kind, words):
+    few = list(islice(p.rows(text(words), 2, 64), 2))
+    with pytest.raises(ValueError, match="never trained.*blind guessing"):
+        p.check_trained(model(kind, words), few)
+    found = p.check_trained(load_base("student", False, "cpu")[0], few)
+    assert found < 0.5 * math.log(len(words))
