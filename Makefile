@@ -63,7 +63,7 @@ notebooks: install
 	$(BIN)/nbdev_export
 
 student: install
-	$(BIN)/python -c "from tiny_reason.pretrain import pretrain; pretrain('_build/student')"
+	$(BIN)/python -c "from tiny_reason.pretrain import pretrain_student as p; p('_build/student')"
 
 clean:
 	rm -rf .venv _build build dist outputs *.egg-info

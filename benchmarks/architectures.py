@@ -162,16 +162,81 @@ def time_all(tokenizer, folder, rounds, **_):
 
 
 def crossings(result):
-    "Tokens of context from which RWKV-7 is the cheaper one: (how, tokens)."
+    "Tokens of context from which RWKV-7 is the cheaper one: how -> tokens."
     a, b = (result["ms"][arm] for arm in ("transformer", "rwkv"))
-    first, last = str(CONTEXTS[0]), str(CONTEXTS[-1])
-    slope = (a[last] - a[first]) / (CONTEXTS[-1] - CONTEXTS[0])
-    level = median(b.values())
-    return {
-        "bytes remembered: 66·192 / (2·64)": 66 * 192 / (2 * 64),
-        "arithmetic of attention against the memory's: 9·64 / 4": 9 * 64 / 4,
-        "ms a token, on the line through the ends": CONTEXTS[0] + (
-            level - a[first]) / slope}
+    (first, least), *_, (last, most) = ((int(c), t) for c, t in a.items())
+    slope = (most - least) / (last - first)
+    return {"bytes, predicted: 66 · 192 / (2 · 64)": 66 * 192 / (2 * 64),
+            "arithmetic, predicted: 9 · 64 / 4": 9 * 64 / 4,
+            "ms a token, measured": first + (
+                median(b.values()) - least) / slope}
+
+
+def share(verdicts):
+    k, n = verdicts.count("1"), len(verdicts)
+    low, high = wilson(k, n)
+    return f"{k / n:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def p_value(a, b):
+    p = mcnemar([x == "1" for x in a], [x == "1" for x in b])
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
+
+
+def accuracy_lines(result):
+    "Right answers by group, with a test against the transformer."
+    runs, n = result["runs"], result["n"]
+    lines = ["| run | " + " | ".join(GROUPS) + " | held-out loss |",
+             "|---" * (2 + len(GROUPS)) + "|"]
+    for name, run in runs.items():
+        seed = name.rpartition(", ")[2]
+        base, cells = runs[f"transformer, {seed}"]["right"], []
+        for i in range(len(GROUPS)):
+            part = slice(i * n, (i + 1) * n)
+            p = "" if run["right"] == base else (
+                ", " + p_value(run["right"][part], base[part]))
+            cells.append(share(run["right"][part]) + p)
+        loss = run["log"][-1]["held_out"]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {loss:.3f} |")
+    return lines
+
+
+def speed_lines(result):
+    "Training speed, and cost of a token against context."
+    ms, held = result["ms"], result["held"]
+    lines = ["| | " + " | ".join(result["training"]) + " |",
+             "|---" * (1 + len(result["training"])) + "|",
+             "| tokens/s | " + " | ".join(
+                 f"{v:,.0f}" for v in result["training"].values()) + " |", "",
+             "| context | " + " | ".join(
+                 f"{arm}, ms a token | bytes predicted | bytes held"
+                 for arm in ms) + " |", "|---" * (1 + 3 * len(ms)) + "|"]
+    for c in ms["rwkv"]:
+        cells = [f"{ms[arm][c]:.2f} | {held[arm]['predicted'][c]:,} | "
+                 f"{held[arm]['held'][c]:,}" for arm in ms]
+        lines.append(f"| {int(c):,} | " + " | ".join(cells) + " |")
+    return lines + ["", "RWKV-7 is the cheaper one from this context on:", ""
+                    ] + [f"- {how}: {n:,.0f} tokens"
+                         for how, n in crossings(result).items()]
+
+
+def to_markdown(result):
+    sizes = {name.partition(",")[0]: run["parameters"]
+             for name, run in result["runs"].items()}
+    return "\n".join([
+        "# A transformer and RWKV-7, at equal parameters and tokens", "",
+        f"Transformer {sizes['transformer']:,} parameters, RWKV-7 "
+        f"{sizes['rwkv']:,}; {result['tokens']:,} training tokens each, "
+        f"the same worked problems in the same order. {result['n']} test "
+        "problems a group, greedy; brackets: Wilson's 95 % interval; p: exact "
+        "McNemar against the transformer of the same seed. `python benchmarks/"
+        "architectures.py`, four stages.", "",
+        "Held-out loss at two learning rates, on a seed of its own; the better "
+        "one was taken: " + "; ".join(
+            f"{name}: {loss:.3f}" for name, loss in result["rates"].items())
+        + ".", "", *accuracy_lines(result), "",
+        f"Times: {result['machine']}, median of rounds taken in turn.", "",
+        *speed_lines(result), ""])
 
 
 STAGES = dict(rates=find_rates, train=train_all, grade=grade_all, time=time_all)
@@ -197,7 +262,10 @@ def main():
     if only or not part: return
     path = HERE / "architectures.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(result | part, indent=1) + "\n")
+    result = json.loads(json.dumps(result | part))
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    if {"rates", "runs", "ms"} <= {*result}:
+        path.with_suffix(".md").write_text(to_markdown(result))
 
 
 if __name__ == "__main__": main()

@@ -146,8 +146,10 @@ def test_flags_beat_the_file_wherever_they_stand():
 def test_every_bundled_configuration_is_sound():
     folder = Path(cli.__file__).parent / "configs"
     names = sorted(p.stem for p in folder.glob("*.yaml"))
-    assert names == ["distill", "qwen2.5-1.5b", "student", "tinyllama-1.1b"]
-    for name in names:
+    assert names == ["distill", "pretrain", "qwen2.5-1.5b", "student",
+                     "tinyllama-1.1b"]
+    cli.parse(["pretrain", "--config", "pretrain"])
+    for name in set(names) - {"pretrain"}:
         _, settings = cli.parse(["train", "--config", name])
         t = settings.training
         assert t.batch_size * t.gradient_accumulation_steps == 8
@@ -462,6 +464,87 @@ def test_distill_on_bad_input(flags, code, words, tmp_path, monkeypatch,
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("tiny_reason: ") and words in said
     assert Path("ask.jsonl").read_text() == good
+
+
+# pretrain
+
+SMALL = ["--preset", "student", "--batch_size", "1", "--row_length", "32"]
+
+
+def test_the_presets_that_can_be_named_are_those_there_are():
+    from tiny_reason import pretrain
+    assert config.PRESETS == pretrain.PRESETS
+
+
+def test_pretrain_on_problems_of_ones_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [dict(question=p["question"], answer=p["answer"])
+            for p in make_problems(30)] + [dict(question="", answer="#### 1")]
+    Path("own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    flags = ["pretrain", *SMALL, "--max_steps", "2", "--output_dir", "out"]
+    assert cli.main([*flags, "--data.source", "own.jsonl",
+                     "--validation_split", "0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "31 read, 30 kept (dropped: empty question: 1)" in out
+    assert "2 steps of 1 × 1 rows of 32, 64 tokens in all" in out
+    card = yaml.safe_load(Path("out/config.yaml").read_text())
+    assert card["model"]["name"] == "out"
+    assert cli.main(["evaluate", "--config", "out/config.yaml", "--limit", "1",
+                     "--data.test_source", "arithmetic",
+                     "--max_new_tokens", "3"]) == 0
+    assert cli.main([*flags, "--resume", "--data.source", "own.jsonl",
+                     "--validation_split", "0.1", "--preset", "micro"]) == 1
+    assert "another model: qwen2" in capsys.readouterr().err
+    assert cli.main([*flags, "--overwrite", "--data.source", "own.jsonl",
+                     "--validation_split", "0.1", "--row_length", "4096"]) == 1
+    assert "choose a smaller --row_length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--learning_rate", "0"], "between 0 and 1"),
+    (["--max_steps", "0"], "above 0"),
+    (["--row_length", "0"], "above 0"),
+    (["--preset", "micor"], "did you mean 'micro'"),
+    (["--curriculum", "easyfirst"], "did you mean 'easy-first'"),
+    (["--compile", "maybe"], "auto, yes or no"),
+    (["--preset", "tiny-rwkv", "--use_lora"], "starts from random numbers")])
+def test_pretrain_wrong_arguments(flags, words, capsys):
+    assert words in refused(capsys, "pretrain", *flags)
+
+
+def test_pretrain_ends_where_a_loss_is_no_number(tmp_path, capsys,
+                                                 monkeypatch):
+    from tiny_reason import pretrain
+    monkeypatch.setattr(pretrain, "train_step", lambda *_: float("nan"))
+    assert cli.main(["pretrain", *SMALL, "--max_steps", "3", "--output_dir",
+                     str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "the loss is nan" in said and "Lower the learning rate" in said
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_pretrain_interrupted_and_gone_on_with(tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["pretrain", *SMALL, "--max_steps", "200", "--compile", "no",
+             "--output_dir", str(out)]
+    process = subprocess.Popen([*COMMAND, *flags, "--save_steps", "2"],
+                               stdout=subprocess.DEVNULL, text=True,
+                               stderr=subprocess.PIPE)
+    try:
+        until = time.time() + 90
+        while not list(out.glob("checkpoint-*")):
+            assert process.poll() is None and time.time() < until
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally: process.kill()
+    assert process.returncode == 130 and "Traceback" not in said
+    assert "To go on: the same command with --resume" in said
+    assert record.last_checkpoint(out) in said
+    assert not (out / "model.safetensors").exists()
+    assert cli.main([*flags, "--save_steps", "200"]) == 1 # neither flag
+    assert cli.main([*flags, "--save_steps", "200", "--resume"]) == 0
+    assert "pre-trained: 200 steps" in capsys.readouterr().out
 
 
 # The bench

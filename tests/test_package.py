@@ -39,6 +39,7 @@ def test_wheel_holds_configs_and_student(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for needed in ("stories.yaml", "configs/student.yaml",
                    "configs/qwen2.5-1.5b.yaml", "configs/distill.yaml",
+                   "configs/pretrain.yaml",
                    "student/model.safetensors",
                    "student/tokenizer.json", "student/chat_template.jinja"):
         assert f"tiny_reason/{needed}" in names
