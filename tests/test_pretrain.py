@@ -211,6 +211,22 @@ def test_too_little_text_is_said(words, tmp_path):
         run("transformer", words, tmp_path, p.Plan(600, 2, length=32), few)
 
 
+def test_rows_beyond_the_context_are_refused(words, tmp_path):
+    with pytest.raises(ValueError, match="rows of 4,096 .* context of 2,048"):
+        run("transformer", words, tmp_path, p.Plan(2, 1, length=4096))
+    run("rwkv", words, tmp_path, p.Plan(1, 1, length=2100)) # it has no limit
+
+
+def test_a_loaded_model_checkpoints_its_activations(words, tmp_path):
+    built = load_base("student", False, "cpu")[0] # in evaluation mode
+    p.checkpoint_activations(built)
+    calls, first = [], built.model.layers[0]
+    first.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    p.pretrain(built, words, text(words), tmp_path, p.Plan(1, 1, length=32),
+               compiled=False)
+    assert len(calls) == 2 # forward, and again going back
+
+
 @pytest.mark.parametrize("where", ["weights", "rate"])
 def test_nan_ends_the_run_before_it_touches_a_weight(where, words, tmp_path):
     built = model("transformer", words)

@@ -363,6 +363,10 @@ def identity(model, plan:Plan, first)->dict: # first: a pair of `rows`
 
 def set_up(model, documents, plan:Plan, out, resume:bool):
     "Optimisers, the rows to come, what the run is, and its log so far."
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and plan.length > context:
+        raise ValueError(f"rows of {plan.length:,} tokens are longer than the "
+                         f"model's context of {context:,}: choose shorter rows")
     data = rows(documents, plan.batch, plan.length)
     first = next(data, None)
     if first is None:
@@ -426,6 +430,7 @@ def pretrain(model, tokenizer, documents, # iterable of lists of ids
     little text. `OSError`: the disk is full."""
     plan = plan or Plan()
     optimizers, data, run, log = set_up(model, documents, plan, out, resume)
+    model.train() # without it a loaded model would not checkpoint activations
     train_on(model, as_function(model, compiled), data, optimizers, run, log,
              plan, out, held_out, save_every)
     finish(model, tokenizer, log, out, dtype)
