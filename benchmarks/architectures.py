@@ -28,7 +28,8 @@ from tiny_reason import rwkv
 from tiny_reason.bench import machine, memory, speed
 from tiny_reason.data import GROUPS, load_problems, prepare
 from tiny_reason.eval import evaluate, mcnemar, wilson
-from tiny_reason.model import find_base, load_base, load_tokenizer
+from tiny_reason.files import find_base, load_tokenizer
+from tiny_reason.model import load_base
 from tiny_reason.pretrain import (Plan, as_function, easy_first,
                                   make_optimizers, pretrain, rows, train_step)
 from tiny_reason.transformer import Transformer

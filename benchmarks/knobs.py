@@ -69,7 +69,7 @@ def main():
     with get_context("spawn").Pool(os.cpu_count()) as pool:
         for name, result in pool.imap_unordered(one_run, jobs):
             found[name].append(result)
-    from tiny_reason.model import find_base
+    from tiny_reason.files import find_base
     from tiny_reason.record import file_hash
     weights = file_hash(find_base(options.base)[0] + "/model.safetensors")
     base = [r["accuracy"] for r in found["the recipe"]]

@@ -21,7 +21,8 @@ from trl import SFTConfig, SFTTrainer
 
 from tiny_reason import train as lesson
 from tiny_reason.data import prepare
-from tiny_reason.model import add_lora, find_base, load_base, load_tokenizer
+from tiny_reason.files import find_base, load_tokenizer
+from tiny_reason.model import add_lora, load_base
 
 STEPS, WARM, BATCH = 20, 3, 8
 # Qwen/Qwen2.5-1.5B-Instruct, config.json

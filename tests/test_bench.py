@@ -14,7 +14,8 @@ from statsmodels.stats.multitest import multipletests
 
 from tiny_reason import bench as b
 from tiny_reason.data import make_problems
-from tiny_reason.model import add_lora, find_base, load_base, load_tokenizer
+from tiny_reason.files import find_base, load_tokenizer
+from tiny_reason.model import add_lora, load_base
 from tiny_reason.rwkv import RWKV7Config, RWKV7ForCausalLM
 
 torch.set_num_threads(1)

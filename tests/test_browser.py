@@ -36,7 +36,7 @@ import time
 import torch
 from tiny_reason import demo
 from tiny_reason.data import encode_text
-from tiny_reason.model import find_base, load_tokenizer
+from tiny_reason.files import find_base, load_tokenizer
 usual, said = demo.chooser, encode_text(
     '2*3=6 <img src=x onerror="window.hacked=1">\\n6+1=8 eggs\\n'
     '<script>window.hacked=1</script><b class="injected">bold</b>\\n',

@@ -25,8 +25,9 @@ from tiny_reason.distill import (LARGEST, SETTINGS, Teacher, endpoint_teacher,
                                  filter_traces, generate_traces, read_traces,
                                  split_trace, trace_of, varied)
 from tiny_reason.eval import end_ids, generate_ids, text_of
+from tiny_reason.files import find_base, load_tokenizer
 from tiny_reason.grading import check_steps, is_correct
-from tiny_reason.model import find_base, load_base, load_tokenizer, merge
+from tiny_reason.model import load_base, merge
 
 torch.set_num_threads(1)
 often = settings(max_examples=150, deadline=None, derandomize=True,

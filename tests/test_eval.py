@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from tiny_reason import eval as ev
 from tiny_reason.data import build_prompt, load_problems
-from tiny_reason.model import find_base, load_base, load_tokenizer, merge
+from tiny_reason.files import find_base, load_tokenizer
+from tiny_reason.model import load_base, merge
 
 torch.set_num_threads(1)
 

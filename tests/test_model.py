@@ -1,4 +1,5 @@
-"""What 01_model cannot show on a page: other architectures, and bad files.
+"""What 01_files and 01_model cannot show on a page: other architectures, and
+bad files on their way through `load_base` and `load_tuned`.
 
 Everything is tiny and random; nothing asks the network."""
 import errno
@@ -20,8 +21,9 @@ from transformers import (AutoModelForCausalLM, BertConfig,
                           MistralConfig, Qwen2Config)
 
 from tiny_reason import model as m
+from tiny_reason.files import find_base
 
-STUDENT = Path(m.find_base("student")[0])
+STUDENT = Path(find_base("student")[0])
 TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, vocab_size=1152)
 SHAPES = {
@@ -297,7 +299,7 @@ def test_flipped_bit_in_the_header(base):
         except ValueError:
             continue
         assert m.loaded_bytes(model)["NF4 codes"] == m.weight_bytes(
-            m.empty_model(config), True, True, 4)["NF4 codes"]
+            m.empty_model(model.config), True, True, 4)["NF4 codes"]
 
 
 def test_flipped_bit_in_the_numbers(tmp_path):

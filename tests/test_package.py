@@ -13,6 +13,8 @@ for name in ("nbdev", "fastcore", "execnb", "jupyter", "jupyterlab",
 import tiny_reason
 assert "torch" not in sys.modules
 assert tiny_reason.__file__.startswith(sys.argv[1]), tiny_reason.__file__
+from tiny_reason import files # a folder is checked without what trains it
+assert not {"peft", "bitsandbytes", "trl"} & {*sys.modules}
 from tiny_reason import cli, data, demo, distill, eval, model, pretrain, train
 from tiny_reason import rwkv, transformer
 try: distill.endpoint_teacher("http://127.0.0.1:9/v1", "nobody")

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from tiny_reason import pretrain as p, rwkv
 from tiny_reason.data import load_problems
 from tiny_reason.eval import evaluate
-from tiny_reason.model import (add_lora, find_base, load_base, load_tokenizer,
-                               load_tuned)
+from tiny_reason.files import find_base, load_tokenizer
+from tiny_reason.model import add_lora, load_base, load_tuned
 from tiny_reason.record import checkpoints, last_checkpoint
 from tiny_reason.train import Stopped
 from tiny_reason.transformer import Transformer, preset_config

@@ -14,9 +14,9 @@ from hypothesis import given, settings, strategies as st
 from tiny_reason.data import make_problems, prepare
 from tiny_reason.demo import stream
 from tiny_reason.eval import evaluate, generate_ids
-from tiny_reason.model import (add_lora, find_base, load_base, load_tokenizer,
-                               load_tuned, loaded_bytes, memory_budget, merge,
-                               peak_bytes)
+from tiny_reason.files import find_base, load_tokenizer
+from tiny_reason.model import (add_lora, load_base, load_tuned, loaded_bytes,
+                               memory_budget, merge, peak_bytes)
 from tiny_reason.rwkv import (Memory, RWKV7Config, RWKV7ForCausalLM, chunked,
                               from_reference, recurrent, reference_names,
                               training_bytes)

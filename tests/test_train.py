@@ -10,7 +10,8 @@ import yaml
 from tiny_reason import config, record
 from tiny_reason import train as lesson
 from tiny_reason.data import prepare
-from tiny_reason.model import add_lora, load_base, load_tokenizer
+from tiny_reason.files import load_tokenizer
+from tiny_reason.model import add_lora, load_base
 
 QUICK = dict(device="cpu", max_steps=8, eval_steps=2, save_steps=2,
              warmup_steps=2, logging_steps=3, learning_rate=4e-3)
@@ -43,7 +44,7 @@ sys.path.insert(0, sys.argv[1])
 from test_train import QUICK, fine_tune, lesson
 from tiny_reason import record
 from tiny_reason.data import prepare
-from tiny_reason.model import load_tokenizer
+from tiny_reason.files import load_tokenizer
 
 base, out = map(Path, sys.argv[2:4])
 tokenizer = load_tokenizer(base)

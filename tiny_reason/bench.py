@@ -26,8 +26,9 @@ from .data import (GROUPS, LAYOUTS, STYLES, encode_text,
                               load_problems, to_messages)
 from .eval import (Batch, chooser, evaluate, mcnemar, perplexity,
                               prompt_for, wilson, write_whole)
-from .model import (PRESETS, RWKV, cache_bytes, check_vocabulary,
-                               load_base, load_tuned, merge, peak_bytes)
+from .files import PRESETS, RWKV, check_vocabulary
+from .model import (cache_bytes, load_base, load_tuned, merge,
+                               peak_bytes)
 
 # %% ../nbs/09_bench.ipynb #967df2a7
 def check_context(model, tokens:int)->None:

@@ -121,8 +121,8 @@ def test_problems(settings)->list[dict]:
 # %% ../nbs/cli.ipynb #2cdc992a
 def budget(settings, device:str)->dict: # row -> bytes
     "`memory_budget` for a batch of the longest rows."
-    from tiny_reason.model import (compute_dtype, find_base, memory_budget,
-                                   read_config)
+    from tiny_reason.files import find_base, read_config
+    from tiny_reason.model import compute_dtype, memory_budget
     t, longest = settings.training, settings.data.max_length
     config = read_config(find_base(settings.model.name)[0])
     one_row = device != "cpu" if t.padding_free is None else t.padding_free
@@ -137,7 +137,8 @@ def budget(settings, device:str)->dict: # row -> bytes
 
 def run_info(settings)->None:
     "Print configuration, device, predicted memory and the data report."
-    from tiny_reason.model import compute_dtype, find_base, load_tokenizer
+    from tiny_reason.files import find_base, load_tokenizer
+    from tiny_reason.model import compute_dtype
     device = chosen_device(settings)
     print(yaml.safe_dump(plain(settings), sort_keys=False))
     print(f"device: {device}, computing in {compute_dtype(device)}".replace(
@@ -439,7 +440,8 @@ def asked_text(settings)->str|None: # None: ask in the terminal
 
 def load_named(settings, device): # as `load_any`
     "`load_any`, where the name may be an adapter's folder."
-    from tiny_reason.model import find_base, load_base
+    from tiny_reason.files import find_base
+    from tiny_reason.model import load_base
     m, p = settings.model, settings.project
     def base_of(folder): # of the adapter in it; None if there is none
         card = Path(folder).expanduser() / "adapter_config.json"
@@ -474,7 +476,8 @@ def run_chat(settings)->None:
 def beginning(settings): # -> (model, tokenizer)
     "A preset with random weights and the tokenizer of `model.name`; or that."
     import torch
-    from tiny_reason.model import find_base, load_base, load_tokenizer
+    from tiny_reason.files import find_base, load_tokenizer
+    from tiny_reason.model import load_base
     from tiny_reason.pretrain import new_model
     m, device = settings.model, chosen_device(settings)
     if not settings.preset:
