@@ -10,10 +10,11 @@ takes to reach RWKV-7's number of parameters. Both read the same worked problems
 of the generator, once, in the same order, with the same plan; the transformer
 does so a second time with the short problems first. `train` leaves its models
 in `--folder` and goes on where it was stopped. Every stage writes its part of
-architectures.json, and architectures.md is written from that. `train` takes two
-hours on one core of two, all else half an hour."""
+architectures.json, and architectures.md is written from that. On one core that
+is free, `rates` takes half an hour, `train` an hour, the others a few minutes."""
 import argparse
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -25,9 +26,9 @@ import transformers
 from transformers import Qwen2Config
 
 from tiny_reason import rwkv
-from tiny_reason.bench import machine, memory, speed
+from tiny_reason.bench import machine, memory, some_text
 from tiny_reason.data import GROUPS, load_problems, prepare
-from tiny_reason.eval import evaluate, mcnemar, wilson
+from tiny_reason.eval import Batch, chooser, evaluate, mcnemar, wilson
 from tiny_reason.files import find_base, load_tokenizer
 from tiny_reason.model import load_base
 from tiny_reason.pretrain import (Plan, as_function, easy_first,
@@ -38,7 +39,7 @@ HERE = Path(__file__).parent
 PLAN = Plan(steps=600, batch=16, length=256)
 RATES = (4e-3, 8e-3)
 BEST = dict(transformer=4e-3, rwkv=4e-3) # of RATES, by `rates`
-CONTEXTS = (128, 1024, 4096, 16_384)
+CONTEXTS = (128, 512, 1024, 2048, 4096, 16_384)
 ARMS = ("transformer", "transformer, easy first", "rwkv")
 
 
@@ -142,16 +143,32 @@ def training_speed(tokenizer, rounds):
     return {name: x.numel() / median(t) for name, t in taken.items()}
 
 
+@torch.inference_mode()
+def token_ms(model, tokenizer, warm=16, new=48):
+    """Milliseconds of each of the last `new` tokens of every context.
+
+    The contexts take turns, token by token and in random order, so that other
+    programs disturb all alike. The first steps after a long prompt are left
+    out: they pay for freeing what reading it took."""
+    batches = {c: Batch(model, [some_text(tokenizer, c - warm - new)], 0)
+               for c in CONTEXTS}
+    taken = {c: [] for c in CONTEXTS}
+    for turn in range(1 + warm + new):
+        for c in random.Random(turn).sample(CONTEXTS, len(CONTEXTS)):
+            start = perf_counter()
+            batches[c].step(model, chooser())
+            if turn > warm: taken[c].append(1000 * (perf_counter() - start))
+    return taken
+
+
 def time_all(tokenizer, folder, rounds, **_):
     "Training and decoding speed; bytes remembered against context."
     torch.set_num_threads(1)
     models = {arm: load_base(str(folder / f"{arm}-0"), False) for arm in BEST}
     ms = {arm: {c: [] for c in CONTEXTS} for arm in models}
-    for turn in range(1 + rounds):
-        for c in CONTEXTS:
-            for arm, (model, words) in models.items():
-                rate = speed(model, words, (c,), new=64)["tokens/s"][c]
-                if turn: ms[arm][c].append(1000 / rate)
+    for _ in range(rounds):
+        for arm, (model, words) in models.items():
+            for c, taken in token_ms(model, words).items(): ms[arm][c] += taken
     held = {arm: memory(model, words, CONTEXTS, seconds=1e9)
             for arm, (model, words) in models.items()}
     return dict(
@@ -165,12 +182,15 @@ def time_all(tokenizer, folder, rounds, **_):
 def crossings(result):
     "Tokens of context from which RWKV-7 is the cheaper one: how -> tokens."
     a, b = (result["ms"][arm] for arm in ("transformer", "rwkv"))
-    (first, least), *_, (last, most) = ((int(c), t) for c, t in a.items())
-    slope = (most - least) / (last - first)
+    gaps = [(int(c), a[c] - b[c]) for c in a]
+    dear = max((i for i, (_, gap) in enumerate(gaps) if gap <= 0), default=None)
+    measured = gaps[0][0]
+    if dear is not None: # a straight line between the two points around it
+        (c, low), (after, high) = gaps[dear:dear + 2]
+        measured = c - low * (after - c) / (high - low)
     return {"bytes, predicted: 66 · 192 / (2 · 64)": 66 * 192 / (2 * 64),
             "arithmetic, predicted: 9 · 64 / 4": 9 * 64 / 4,
-            "ms a token, measured": first + (
-                median(b.values()) - least) / slope}
+            "ms a token, measured": measured}
 
 
 def share(verdicts):
@@ -236,7 +256,7 @@ def to_markdown(result):
         "one was taken: " + "; ".join(
             f"{name}: {loss:.3f}" for name, loss in result["rates"].items())
         + ".", "", *accuracy_lines(result), "",
-        f"Times: {result['machine']}, median of rounds taken in turn.", "",
+        f"Times: {result['machine']}, medians, taken in turn.", "",
         *speed_lines(result), ""])
 
 

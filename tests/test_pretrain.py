@@ -206,7 +206,7 @@ def test_too_little_text_is_said(words, tmp_path):
     few = list(islice(text(words), 3))
     with pytest.raises(ValueError, match="shorter than one batch, 2 rows of"):
         run("transformer", words, tmp_path,
-            p.Plan(steps=6, batch=2, length=4096), few)
+            p.Plan(steps=6, batch=2, length=2000), few)
     with pytest.raises(ValueError, match="ended after . of 600 steps"):
         run("transformer", words, tmp_path, p.Plan(600, 2, length=32), few)
 
