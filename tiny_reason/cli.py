@@ -481,10 +481,8 @@ def beginning(settings): # -> (model, tokenizer)
     from tiny_reason.pretrain import new_model
     m, device = settings.model, chosen_device(settings)
     if not settings.preset:
-        model, tokenizer = load_base(
-            m.name, m.four_bit and settings.use_lora, device,
-            None if settings.use_lora else torch.float32)
-        return model, tokenizer
+        return load_base(m.name, m.four_bit and settings.use_lora, device,
+                         None if settings.use_lora else torch.float32)
     tokenizer = load_tokenizer(find_base(m.name)[0])
     torch.manual_seed(settings.project.seed)
     return new_model(settings.preset, tokenizer, max(
