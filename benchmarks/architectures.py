@@ -23,12 +23,14 @@ from time import perf_counter
 import datasets
 import torch
 import transformers
+from ladder import cell, p_text
+from spine import problems
 from transformers import Qwen2Config
 
 from tiny_reason import rwkv
 from tiny_reason.bench import machine, memory, some_text
-from tiny_reason.data import GROUPS, load_problems, prepare
-from tiny_reason.eval import Batch, chooser, evaluate, mcnemar, wilson
+from tiny_reason.data import GROUPS, prepare
+from tiny_reason.eval import Batch, chooser, evaluate
 from tiny_reason.files import find_base, load_tokenizer
 from tiny_reason.model import load_base
 from tiny_reason.pretrain import (Plan, as_function, easy_first,
@@ -101,14 +103,12 @@ def train_all(tokenizer, folder, seeds, only, **_):
 
 def grade_all(tokenizer, folder, seeds, n, **_):
     "Verdicts of every model, and its log."
-    problems = [dict(p) for g in GROUPS
-                for p in load_problems("arithmetic", g, "test", n)]
-    runs = {}
+    test, runs = problems("test", n), {}
     for seed in seeds:
         for arm in ARMS:
             out, log = train_one(arm, seed, tokenizer, folder)
             model, words = load_base(str(out), four_bit=False)
-            report = evaluate(model, words, problems, "question",
+            report = evaluate(model, words, test, "question",
                               max_new_tokens=200)
             print(arm, seed, report.accuracy, flush=True)
             runs[f"{arm}, seed {seed}"] = dict(
@@ -193,17 +193,6 @@ def crossings(result):
             "ms a token, measured": measured}
 
 
-def share(verdicts):
-    k, n = verdicts.count("1"), len(verdicts)
-    low, high = wilson(k, n)
-    return f"{k / n:.1%} [{low:.1%}, {high:.1%}]"
-
-
-def p_value(a, b):
-    p = mcnemar([x == "1" for x in a], [x == "1" for x in b])
-    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
-
-
 def accuracy_lines(result):
     "Right answers by group, with a test against the transformer."
     runs, n = result["runs"], result["n"]
@@ -215,8 +204,8 @@ def accuracy_lines(result):
         for i in range(len(GROUPS)):
             part = slice(i * n, (i + 1) * n)
             p = "" if run["right"] == base else (
-                ", " + p_value(run["right"][part], base[part]))
-            cells.append(share(run["right"][part]) + p)
+                ", p " + p_text(run["right"][part], base[part]))
+            cells.append(cell(run["right"][part]) + p)
         loss = run["log"][-1]["held_out"]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {loss:.3f} |")
     return lines

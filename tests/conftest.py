@@ -35,6 +35,24 @@ def base(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tokenizer():
+    from tiny_reason.files import find_base, load_tokenizer
+    return load_tokenizer(find_base("student")[0])
+
+
+@pytest.fixture(scope="session")
+def rwkv_folder(tokenizer, tmp_path_factory):
+    "A folder with a small RWKV-7 of random weights."
+    import torch
+    from tiny_reason.rwkv import RWKV7Config, RWKV7ForCausalLM
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("rwkv")
+    RWKV7ForCausalLM(RWKV7Config(1152, 64, 2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def pytest_collection_modifyitems(items):
     "The slowest files first: two workers then end at about the same time."
     slow = ["test_train", "test_browser", "test_cli", "test_model"]

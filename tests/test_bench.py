@@ -22,23 +22,9 @@ torch.set_num_threads(1)
 SHORT = dict(n=3, max_new_tokens=4)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(): return load_tokenizer(find_base("student")[0])
-
-
-@pytest.fixture(scope="module")
-def state_folder(tokenizer, tmp_path_factory):
-    "A saved RWKV-7 of random weights."
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("state")
-    RWKV7ForCausalLM(RWKV7Config(1152, 64, 2)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def models(base, state_folder):
-    return b.load_models([str(base), str(state_folder)], "cpu")
+def models(base, rwkv_folder):
+    return b.load_models([str(base), str(rwkv_folder)], "cpu")
 
 
 def layers(model, tokenizer):
@@ -91,13 +77,13 @@ def test_a_ratio_is_taken_within_a_round():
 
 # Models by name
 
-def test_every_kind_of_folder(base, state_folder, tokenizer, tmp_path):
+def test_every_kind_of_folder(base, rwkv_folder, tokenizer, tmp_path):
     adapter = tmp_path / "adapter"
     model = add_lora(load_base(str(base), True, "cpu")[0], r=2)
     model.save_pretrained(adapter)
     (adapter / "experiment_config.yaml").write_text(
         "data: {style: instruction}\nmodel: {four_bit: true}\n")
-    state, _, style = b.load_any_model(f"{state_folder}:think", "cpu")
+    state, _, style = b.load_any_model(f"{rwkv_folder}:think", "cpu")
     assert (state.config.model_type, style) == (b.RWKV, "think")
     tuned = add_lora(state, r=2)
     with torch.no_grad():
@@ -110,7 +96,7 @@ def test_every_kind_of_folder(base, state_folder, tokenizer, tmp_path):
                             str(tmp_path / "state adapter")], "cpu")
     assert [e[2] for e in loaded.values()] == [
         "question", "instruction", "question", "think"]
-    plain = b.load_any_model(str(state_folder), "cpu")[0]
+    plain = b.load_any_model(str(rwkv_folder), "cpu")[0]
     ids = torch.tensor([[5, 6, 7]])
     with torch.inference_mode():
         logits = [m(ids).logits for m in (
@@ -280,9 +266,9 @@ def test_any_name_gives_a_file_of_its_own(a, c):
     assert (a == c) == (one == two)
 
 
-def test_the_peak_and_the_state_in_16_bit(state_folder):
+def test_the_peak_and_the_state_in_16_bit(rwkv_folder):
     "The matrices stay fp32 where the rows are bf16; the formula knows."
-    model, tokenizer, _ = b.load_any_model(str(state_folder), "cpu")
+    model, tokenizer, _ = b.load_any_model(str(rwkv_folder), "cpu")
     rows = b.memory(model.bfloat16(), tokenizer, (32, 48))
     assert rows["bytes remembered"] == rows["bytes remembered, predicted"]
     assert rows["bytes at the peak"][48] > rows["bytes remembered"][48]

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from tiny_reason import pretrain as p, rwkv
 from tiny_reason.data import load_problems
 from tiny_reason.eval import evaluate
-from tiny_reason.files import find_base, load_tokenizer
 from tiny_reason.model import add_lora, load_base, load_tuned
 from tiny_reason.record import checkpoints, last_checkpoint
 from tiny_reason.train import Stopped
@@ -27,27 +26,23 @@ PLAN = p.Plan(steps=6, batch=2, length=32, warmup=2)
 KINDS = ("transformer", "rwkv", "adapters")
 
 
-@pytest.fixture(scope="module")
-def words(): return load_tokenizer(find_base("student")[0])
+def text(tokenizer): return p.encoded(p.documents(0), tokenizer)
 
 
-def text(words): return p.encoded(p.documents(0), words)
-
-
-def model(kind, words, seed=0):
+def model(kind, tokenizer, seed=0):
     torch.manual_seed(seed)
     if kind == "rwkv":
-        return rwkv.RWKV7ForCausalLM(rwkv.RWKV7Config(len(words), 64, 2))
+        return rwkv.RWKV7ForCausalLM(rwkv.RWKV7Config(len(tokenizer), 64, 2))
     if kind == "adapters":
         return add_lora(load_base("student", False, "cpu")[0], r=2, alpha=4)
     return Transformer(preset_config(
-        "micro", len(words), hidden_size=64, num_hidden_layers=2,
+        "micro", len(tokenizer), hidden_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, intermediate_size=96))
 
 
-def run(kind, words, out, plan=PLAN, documents=None, **more):
-    built = model(kind, words)
-    log = p.pretrain(built, words, documents or text(words), out, plan,
+def run(kind, tokenizer, out, plan=PLAN, documents=None, **more):
+    built = model(kind, tokenizer)
+    log = p.pretrain(built, tokenizer, documents or text(tokenizer), out, plan,
                      compiled=False, **more)
     return built, log
 
@@ -56,9 +51,9 @@ def same(a, b):
     return all(x.equal(y) for x, y in zip(a.parameters(), b.parameters()))
 
 
-def cut(words, tokens):
+def cut(tokenizer, tokens):
     "The same text, and then the machine dies."
-    for one in text(words):
+    for one in text(tokenizer):
         if tokens < 0: raise SystemError("dead")
         tokens -= len(one)
         yield one
@@ -66,23 +61,23 @@ def cut(words, tokens):
 
 @pytest.mark.parametrize("eight_bit", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_ends_in_the_same_bits(kind, eight_bit, words, tmp_path):
+def test_a_resumed_run_ends_in_the_same_bits(kind, eight_bit, tokenizer, tmp_path):
     plan = p.Plan(steps=6, batch=1, length=64, accumulation=2, warmup=2,
                   eight_bit=eight_bit)
-    whole, log = run(kind, words, tmp_path / "whole", plan)
+    whole, log = run(kind, tokenizer, tmp_path / "whole", plan)
     with pytest.raises(SystemError):
-        run(kind, words, tmp_path / "halves", plan, save_every=2,
-            documents=cut(words, 64 * 2 * 5))
+        run(kind, tokenizer, tmp_path / "halves", plan, save_every=2,
+            documents=cut(tokenizer, 64 * 2 * 5))
     assert [c.name for c in checkpoints(tmp_path / "halves")] == [
         "checkpoint-4"]
-    halves, resumed = run(kind, words, tmp_path / "halves", plan, resume=True)
+    halves, resumed = run(kind, tokenizer, tmp_path / "halves", plan, resume=True)
     assert same(whole, halves)
     assert resumed[-1]["loss"] == log[-1]["loss"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_saved_loads_and_answers(kind, words, tmp_path):
-    built, _ = run(kind, words, tmp_path)
+def test_what_is_saved_loads_and_answers(kind, tokenizer, tmp_path):
+    built, _ = run(kind, tokenizer, tmp_path)
     load = load_tuned if kind == "adapters" else load_base
     loaded, tokenizer = load(str(tmp_path), four_bit=False, device="cpu")
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -96,24 +91,28 @@ def test_what_is_saved_loads_and_answers(kind, words, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ("transformer", "rwkv"))
-def test_checkpointed_activations_change_no_gradient(kind, words):
-    x, y = next(p.rows(text(words), 2, 32))
+def test_checkpointed_activations_change_no_gradient(kind, tokenizer):
+    x, y = next(p.rows(text(tokenizer), 2, 32))
     found = []
     for checkpointing in (False, True):
-        built = model(kind, words)
+        built, calls = model(kind, tokenizer), []
         if checkpointing: p.checkpoint_activations(built)
+        first = (built.model.blocks[0].ffn if kind == "rwkv" else
+                 built.model.layers[0].mlp)
+        first.register_forward_pre_hook(lambda *_: calls.append(1))
         p.train_step(p.as_function(built), [(x, y)])
+        assert len(calls) == 1 + checkpointing
         found.append([q.grad for q in built.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
 
 
 @pytest.mark.parametrize("eight_bit,most", [(False, 8), (True, 2.5)])
-def test_bytes_of_the_averages(eight_bit, most, words):
+def test_bytes_of_the_averages(eight_bit, most, tokenizer):
     torch.manual_seed(0)
-    built = p.new_model("student", words)
+    built = p.new_model("student", tokenizer)
     plan = p.Plan(eight_bit=eight_bit, batch=1, length=16)
     optimizers = p.make_optimizers(built, plan)
-    p.train_step(p.as_function(built), [next(p.rows(text(words), 1, 16))])
+    p.train_step(p.as_function(built), [next(p.rows(text(tokenizer), 1, 16))])
     for optimizer in optimizers: optimizer.step()
     size = sum(t.nbytes for t in p.averages(optimizers).values())
     numbers = sum(q.numel() for q in built.parameters())
@@ -123,9 +122,9 @@ def test_bytes_of_the_averages(eight_bit, most, words):
         assert size > 4 * numbers + 4 * table
 
 
-def test_muon_has_the_matrices_of_the_layers_and_nothing_else(words):
+def test_muon_has_the_matrices_of_the_layers_and_nothing_else(tokenizer):
     for kind in ("transformer", "rwkv"):
-        built = model(kind, words)
+        built = model(kind, tokenizer)
         muon, adam = p.make_optimizers(built, p.Plan())
         names = {q: n for n, q in built.named_parameters()}
         of = lambda o: {names[q] for g in o.param_groups for q in g["params"]}
@@ -144,14 +143,31 @@ def test_the_schedule_ends_at_the_last_step_whatever_the_accumulation():
         assert p.rate_at(steps, steps) == 0
 
 
-def test_steps_are_steps_of_the_optimiser(words, tmp_path):
+def test_every_step_has_its_own_rate(tokenizer, tmp_path, monkeypatch):
+    plan = p.Plan(steps=5, batch=1, accumulation=2, length=32, warmup=2)
+    rates, make = [], p.make_optimizers
+
+    def watched(*args):
+        optimizers = make(*args)
+        for o in optimizers:
+            o.register_step_pre_hook(lambda o, *_: rates.append(
+                o.param_groups[0]["lr"]))
+        return optimizers
+    monkeypatch.setattr(p, "make_optimizers", watched)
+    run("transformer", tokenizer, tmp_path, plan)
+    assert rates == [plan.learning_rate * p.rate_at(s, 5, 2)
+                     for s in range(5) for _ in ("Muon", "AdamW")]
+    assert len(set(rates)) > 2
+
+
+def test_steps_are_steps_of_the_optimiser(tokenizer, tmp_path):
     counted = []
     def counting():
-        for one in text(words):
+        for one in text(tokenizer):
             counted.append(len(one))
             yield one
     plan = p.Plan(steps=3, batch=2, accumulation=4, length=32, warmup=1)
-    built, log = run("transformer", words, tmp_path, plan, counting())
+    built, log = run("transformer", tokenizer, tmp_path, plan, counting())
     assert log[-1]["step"] == 3 and plan.tokens == 3 * 8 * 32
     assert plan.tokens < sum(counted) < plan.tokens + 2000
 
@@ -178,58 +194,70 @@ def test_easy_first_only_sorts(documents, tokens):
     assert total > tokens or len(drawn) == len(documents)
 
 
-def test_the_other_architectures_checkpoint_is_refused(words, tmp_path):
-    run("rwkv", words, tmp_path)
+def test_the_other_architectures_checkpoint_is_refused(tokenizer, tmp_path):
+    run("rwkv", tokenizer, tmp_path)
     with pytest.raises(ValueError, match="another model: rwkv7.*not qwen2"):
-        run("transformer", words, tmp_path, resume=True)
+        run("transformer", tokenizer, tmp_path, resume=True)
+
+
+def test_adapters_of_another_scale_or_base_are_refused(tokenizer, tmp_path):
+    run("adapters", tokenizer, tmp_path)
+    other = add_lora(load_base("student", False, "cpu")[0], r=2, alpha=8)
+    for change in (dict(), dict(base_model_name_or_path="elsewhere")):
+        if change: other = model("adapters", tokenizer)
+        for key, value in change.items():
+            setattr(other.peft_config["default"], key, value)
+        with pytest.raises(ValueError, match="another model"):
+            p.pretrain(other, tokenizer, text(tokenizer), tmp_path, PLAN,
+                       compiled=False, resume=True)
 
 
 @pytest.mark.parametrize("change", [
     dict(steps=7), dict(batch=1), dict(accumulation=2), dict(eight_bit=True),
     dict(learning_rate=1e-3), dict(warmup=3)])
-def test_another_plan_is_refused(change, words, tmp_path):
-    run("transformer", words, tmp_path)
+def test_another_plan_is_refused(change, tokenizer, tmp_path):
+    run("transformer", tokenizer, tmp_path)
     key, = change
     other = p.Plan(**{**vars(PLAN), **change})
     with pytest.raises(ValueError, match=f"another {key}"):
-        run("transformer", words, tmp_path, other, resume=True)
+        run("transformer", tokenizer, tmp_path, other, resume=True)
 
 
-def test_other_text_is_refused(words, tmp_path):
-    run("transformer", words, tmp_path)
-    other = p.encoded(p.documents(1), words)
+def test_other_text_is_refused(tokenizer, tmp_path):
+    run("transformer", tokenizer, tmp_path)
+    other = p.encoded(p.documents(1), tokenizer)
     with pytest.raises(ValueError, match="another text"):
-        run("transformer", words, tmp_path, documents=other, resume=True)
+        run("transformer", tokenizer, tmp_path, documents=other, resume=True)
 
 
-def test_too_little_text_is_said(words, tmp_path):
-    few = list(islice(text(words), 3))
+def test_too_little_text_is_said(tokenizer, tmp_path):
+    few = list(islice(text(tokenizer), 3))
     with pytest.raises(ValueError, match="shorter than one batch, 2 rows of"):
-        run("transformer", words, tmp_path,
+        run("transformer", tokenizer, tmp_path,
             p.Plan(steps=6, batch=2, length=2000), few)
     with pytest.raises(ValueError, match="ended after . of 600 steps"):
-        run("transformer", words, tmp_path, p.Plan(600, 2, length=32), few)
+        run("transformer", tokenizer, tmp_path, p.Plan(600, 2, length=32), few)
 
 
-def test_rows_beyond_the_context_are_refused(words, tmp_path):
+def test_rows_beyond_the_context_are_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="rows of 4,096 .* context of 2,048"):
-        run("transformer", words, tmp_path, p.Plan(2, 1, length=4096))
-    run("rwkv", words, tmp_path, p.Plan(1, 1, length=2100)) # it has no limit
+        run("transformer", tokenizer, tmp_path, p.Plan(2, 1, length=4096))
+    run("rwkv", tokenizer, tmp_path, p.Plan(1, 1, length=2100)) # it has no limit
 
 
-def test_a_loaded_model_checkpoints_its_activations(words, tmp_path):
+def test_a_loaded_model_checkpoints_its_activations(tokenizer, tmp_path):
     built = load_base("student", False, "cpu")[0] # in evaluation mode
     p.checkpoint_activations(built)
     calls, first = [], built.model.layers[0]
     first.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    p.pretrain(built, words, text(words), tmp_path, p.Plan(1, 1, length=32),
+    p.pretrain(built, tokenizer, text(tokenizer), tmp_path, p.Plan(1, 1, length=32),
                compiled=False)
     assert len(calls) == 2 # forward, and again going back
 
 
 @pytest.mark.parametrize("where", ["weights", "rate"])
-def test_nan_ends_the_run_before_it_touches_a_weight(where, words, tmp_path):
-    built = model("transformer", words)
+def test_nan_ends_the_run_before_it_touches_a_weight(where, tokenizer, tmp_path):
+    built = model("transformer", tokenizer)
     plan = PLAN
     if where == "weights":
         with torch.no_grad(): built.model.layers[0].mlp.up_proj.weight[0] = (
@@ -238,50 +266,50 @@ def test_nan_ends_the_run_before_it_touches_a_weight(where, words, tmp_path):
                         learning_rate=1e9)
     before = copy.deepcopy(built.state_dict())
     with pytest.raises(FloatingPointError, match="Lower the learning rate"):
-        p.pretrain(built, words, text(words), tmp_path, plan, compiled=False)
+        p.pretrain(built, tokenizer, text(tokenizer), tmp_path, plan, compiled=False)
     if where == "weights":
         for name, tensor in built.state_dict().items():
             assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num())
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_ctrl_c_saves_and_says_where(words, tmp_path):
+def test_ctrl_c_saves_and_says_where(tokenizer, tmp_path):
     threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(Stopped, match="checkpoint-.* is saved") as stopped:
-        run("transformer", words, tmp_path, p.Plan(100_000, 2, length=32))
+        run("transformer", tokenizer, tmp_path, p.Plan(100_000, 2, length=32))
     assert stopped.value.signal == signal.SIGINT
     state = json.loads((tmp_path / last_checkpoint(tmp_path).split("/")[-1]
                         / "trainer_state.json").read_text())
     assert state["log"][-1]["step"] > 0
 
 
-def test_a_full_disk_is_said_and_leaves_nothing_torn(words, tmp_path,
+def test_a_full_disk_is_said_and_leaves_nothing_torn(tokenizer, tmp_path,
                                                      monkeypatch):
     monkeypatch.setattr(p.shutil, "disk_usage",
                         lambda _: type("Disk", (), dict(free=10)))
     with pytest.raises(OSError, match="the disk of .* is full"):
-        run("transformer", words, tmp_path)
+        run("transformer", tokenizer, tmp_path)
     assert not checkpoints(tmp_path)
 
 
-def test_no_pickle_is_written(words, tmp_path):
-    run("rwkv", words, tmp_path)
+def test_no_pickle_is_written(tokenizer, tmp_path):
+    run("rwkv", tokenizer, tmp_path)
     endings = {f.suffix for f in tmp_path.rglob("*") if f.is_file()}
     assert endings <= {".json", ".jsonl", ".safetensors", ".jinja"}
     load_file(next(tmp_path.glob("checkpoint-*/optimizer.safetensors")))
 
 
-def test_a_preset_that_does_not_exist(words):
+def test_a_preset_that_does_not_exist(tokenizer):
     with pytest.raises(ValueError, match="'micor'; did you mean 'micro'"):
-        p.new_model("micor", words)
+        p.new_model("micor", tokenizer)
     with pytest.raises(ValueError, match="did you mean 'tiny-rwkv'"):
-        p.new_model("tiny-rwvk", words)
+        p.new_model("tiny-rwvk", tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["transformer", "rwkv"])
-def test_random_weights_are_known_by_their_guesses(kind, words):
-    few = list(islice(p.rows(text(words), 2, 64), 2))
+def test_random_weights_are_known_by_their_guesses(kind, tokenizer):
+    few = list(islice(p.rows(text(tokenizer), 2, 64), 2))
     with pytest.raises(ValueError, match="never trained.*blind guessing"):
-        p.check_trained(model(kind, words), few)
+        p.check_trained(model(kind, tokenizer), few)
     found = p.check_trained(load_base("student", False, "cpu")[0], few)
-    assert found < 0.5 * math.log(len(words))
+    assert found < 0.5 * math.log(len(tokenizer))

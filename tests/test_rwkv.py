@@ -14,7 +14,6 @@ from hypothesis import given, settings, strategies as st
 from tiny_reason.data import make_problems, prepare
 from tiny_reason.demo import stream
 from tiny_reason.eval import evaluate, generate_ids
-from tiny_reason.files import find_base, load_tokenizer
 from tiny_reason.model import (add_lora, load_base, load_tuned, loaded_bytes,
                                memory_budget, merge, peak_bytes)
 from tiny_reason.rwkv import (Memory, RWKV7Config, RWKV7ForCausalLM, chunked,
@@ -42,20 +41,6 @@ def shaken(config, seed=0):
 @pytest.fixture(scope="module")
 def odd():
     return shaken(RWKV7Config(97, 64, 2, head_size=16))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(): return load_tokenizer(find_base("student")[0])
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    "A saved RWKV-7 of random weights."
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("rwkv")
-    RWKV7ForCausalLM(RWKV7Config(1152, 64, 2)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 # --- the reference package
@@ -298,8 +283,8 @@ def test_peak_of_a_step_is_what_the_formula_says():
 
 
 @pytest.mark.parametrize("four_bit", [True, False])
-def test_rows_of_the_budget_are_exact(four_bit, folder):
-    model, _ = load_base(folder, four_bit, "cpu")
+def test_rows_of_the_budget_are_exact(four_bit, rwkv_folder):
+    model, _ = load_base(rwkv_folder, four_bit, "cpu")
     tuned = add_lora(model, r=5)
     budget = memory_budget(RWKV7Config(1152, 64, 2), r=5, batch_tokens=1,
                            four_bit=four_bit, dtype=torch.float32)
@@ -339,21 +324,21 @@ def test_activations_and_peak_with_lora(dtype, checkpointing, tokenizer,
             "adapter copies")), rel=0.05)
 
 
-def test_out_of_memory_is_explained(folder, tmp_path, monkeypatch):
+def test_out_of_memory_is_explained(rwkv_folder, tmp_path, monkeypatch):
     "Training asks for the budget of this architecture, in 4 bits or not."
     def starved(self, model, inputs): raise torch.OutOfMemoryError("fake")
     monkeypatch.setattr(LossTrainer, "summed_loss", starved)
     for four_bit in True, False:
-        base, words = load_base(folder, four_bit, "cpu")
+        base, words = load_base(rwkv_folder, four_bit, "cpu")
         rows, held, _ = prepare("arithmetic", 44, tokenizer=words)
         with pytest.raises(MemoryError, match="1 sequence.*activations"):
             train(add_lora(base, r=4), words, rows, held, sft_config(
                 str(tmp_path), "cpu", per_device_train_batch_size=1))
 
 
-def test_the_whole_path(folder, tmp_path):
+def test_the_whole_path(rwkv_folder, tmp_path):
     "Load, adapt, train, save, load, merge, evaluate, stream: as any model."
-    base, words = load_base(folder, device="cpu")
+    base, words = load_base(rwkv_folder, device="cpu")
     tuned, (rows, held, _) = add_lora(base, r=4), prepare(
         "arithmetic", 44, tokenizer=words)
     args = sft_config(str(tmp_path / "run"), "cpu", max_steps=3, eval_steps=3,
@@ -365,7 +350,7 @@ def test_the_whole_path(folder, tmp_path):
     again, words = load_tuned(saved, device="cpu")
     prompts = [words(t)["input_ids"] for t in ("Amy has 12.", "7+5=")]
     written = generate_ids(again, words, prompts, 6)
-    assert again.peft_config["default"].base_model_name_or_path == str(folder)
+    assert again.peft_config["default"].base_model_name_or_path == str(rwkv_folder)
     assert written == generate_ids(tuned.eval(), words, prompts, 6)
     merged = merge(again)
     assert type(merged) is RWKV7ForCausalLM
@@ -431,9 +416,9 @@ def test_half_precision_weights_are_read_as_fp32(tmp_path, odd):
                for n, t in odd.state_dict().items())
 
 
-def test_a_saved_folder_must_be_whole(folder, tmp_path):
+def test_a_saved_folder_must_be_whole(rwkv_folder, tmp_path):
     from safetensors.torch import load_file, save_file
-    shutil.copytree(folder, tmp_path / "m")
+    shutil.copytree(rwkv_folder, tmp_path / "m")
     weights = tmp_path / "m" / "model.safetensors"
     table, whole = load_file(weights), weights.read_bytes()
     name = "model.blocks.0.att.w1"
@@ -461,27 +446,27 @@ def test_a_saved_folder_must_be_whole(folder, tmp_path):
             load_base(tmp_path / "m", device="cpu")
 
 
-def test_other_kinds_and_vocabularies_are_told_apart(folder, base, tmp_path):
+def test_other_kinds_and_vocabularies_are_told_apart(rwkv_folder, base, tmp_path):
     "Each sentence names both sides."
     def load(name): return load_base(tmp_path / name, device="cpu")
-    shutil.copytree(folder, tmp_path / "claims")
+    shutil.copytree(rwkv_folder, tmp_path / "claims")
     shutil.copy(base / "config.json", tmp_path / "claims")
     with pytest.raises(ValueError, match="asks for qwen2: 15 missing, the "
                        "first lm_head.weight; .*not asked for, the first head"):
         load("claims")
-    shutil.copytree(folder, tmp_path / "holds")
+    shutil.copytree(rwkv_folder, tmp_path / "holds")
     shutil.copy(base / "model.safetensors", tmp_path / "holds")
     with pytest.raises(ValueError, match="asks for rwkv7-tiny_reason: .* "
                        "missing.*not asked for, the first model.embed"):
         load("holds")
     for size in 1151, 1153:
-        shutil.copytree(folder, tmp_path / str(size))
+        shutil.copytree(rwkv_folder, tmp_path / str(size))
         RWKV7ForCausalLM(RWKV7Config(size, 64, 1)).save_pretrained(
             tmp_path / str(size))
         with pytest.raises(ValueError, match=f"rows for {size:,} tokens and "
                            "the tokenizer has 1,152"): load(str(size))
     adapter = tmp_path / "adapter"
-    add_lora(load_base(folder, device="cpu")[0], r=2).save_pretrained(adapter)
+    add_lora(load_base(rwkv_folder, device="cpu")[0], r=2).save_pretrained(adapter)
     told = json.loads((adapter / "adapter_config.json").read_text())
     told["base_model_name_or_path"] = str(base)
     (adapter / "adapter_config.json").write_text(json.dumps(told))
@@ -490,13 +475,13 @@ def test_other_kinds_and_vocabularies_are_told_apart(folder, base, tmp_path):
         load_tuned(adapter, device="cpu")
 
 
-def test_only_an_rwkv_imports_rwkv(folder):
+def test_only_an_rwkv_imports_rwkv(rwkv_folder):
     script = """if True:
         import sys
         from tiny_reason.model import load_base
         for name in "student", sys.argv[1]:
             load_base(name, False, "cpu")
             print("tiny_reason.rwkv" in sys.modules)"""
-    seen = subprocess.run([sys.executable, "-c", script, str(folder)],
+    seen = subprocess.run([sys.executable, "-c", script, str(rwkv_folder)],
                           capture_output=True, text=True, check=True)
     assert seen.stdout.split() == ["False", "True"]

@@ -322,7 +322,7 @@ def save_model(model, tokenizer, out, dtype=None)->Path:
     tokenizer.save_pretrained(out)
     return Path(out)
 
-# %% ../nbs/06_pretrain.ipynb #1994d5e0
+# %% ../nbs/06_pretrain.ipynb #34da8258
 def as_function(model, compiled:bool=False): # of ids, giving logits
     "The model without a cache of the past; compiled if asked for."
     run = torch.compile(model) if compiled else model
@@ -356,6 +356,8 @@ def identity(model, plan:Plan, first)->dict: # first: a pair of `rows`
     "What a resumed run must share with the one that it goes on with."
     def digest(x): return hashlib.sha256(repr(x).encode()).hexdigest()[:12]
     shapes = [(n, *p.shape) for n, p in trained(model).items()]
+    shapes += [(c.lora_alpha, c.lora_dropout, c.base_model_name_or_path,
+                c.revision) for c in getattr(model, "peft_config", {}).values()]
     size = sum(p.numel() for p in model.parameters())
     return asdict(plan) | dict(
         model=f"{model.config.model_type} of {size:,} parameters, "
@@ -392,7 +394,7 @@ def finish(model, tokenizer, log:list, out, dtype)->None:
             file.replace(Path(out, file.name))
     flush(Path(out))
 
-# %% ../nbs/06_pretrain.ipynb #b9ad1cfa
+# %% ../nbs/06_pretrain.ipynb #144ad65b
 def train_on(model, forward, data, optimizers, run:dict, log:list, plan:Plan,
              out, held_out, save_every:int)->None:
     "The steps that are left; `log` grows, and `out` gets a checkpoint."
@@ -425,6 +427,7 @@ def pretrain(model, tokenizer, documents, # iterable of lists of ids
              )->list[dict]: # the log: step, loss (nats a token), seconds
     """Train on the next token all parameters that ask for it.
 
+    Without `resume`, checkpoints of an earlier run in `out` go.
     `FloatingPointError`: loss or gradients are no numbers. `Stopped`: Ctrl-C
     or SIGTERM, after saving. `ValueError`: a checkpoint of another run, or too
     little text. `OSError`: the disk is full."""
