@@ -37,9 +37,8 @@ def test_clean_and_in_sync(rebuilt, name):
 
 @pytest.mark.parametrize("name", sorted(
     f for f in files(ROOT) if f.endswith(".ipynb")))
-def test_a_lesson_is_short_and_whole(name):
+def test_a_lesson_was_run_whole(name):
     cells = json.loads((ROOT / name).read_text())["cells"]
-    assert len(cells) <= 60, f"{name} has {len(cells)} cells; split it"
     outputs = [o for c in cells for o in c.get("outputs", [])]
     assert not [o for o in outputs if o["output_type"] == "error"]
     assert outputs or name == "nbs/app.ipynb", f"{name} was not run"
