@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CARDS', 'nf4_codebook', 'quantize_nf4', 'dequantize_nf4', 'LoRALinear', 'empty_model', 'projections',
            'projection_names', 'in_out', 'weight_bytes', 'state_bytes', 'adapter_bytes', 'activation_parts',
-           'loss_bytes', 'work_bytes', 'memory_budget', 'cache_bytes', 'largest_batch', 'compute_dtype', 'shortage',
-           'check_room', 'load_weights', 'load_unsloth', 'load_base', 'quiet_saving', 'check_scale', 'add_lora',
-           'loaded_bytes', 'saved_bytes', 'peak_bytes', 'full_weight', 'merge', 'check_adapter', 'load_tuned']
+           'loss_bytes', 'work_bytes', 'memory_budget', 'cache_bytes', 'largest_batch', 'compute_dtype',
+           'available_bytes', 'shortage', 'check_room', 'load_weights', 'load_unsloth', 'load_base', 'quiet_saving',
+           'check_scale', 'add_lora', 'loaded_bytes', 'saved_bytes', 'peak_bytes', 'full_weight', 'merge',
+           'check_adapter', 'load_tuned']
 
 # %% ../nbs/01_model.ipynb #887b47aa
 import bisect, copy, errno, functools, importlib.util
@@ -292,6 +293,15 @@ def compute_dtype(device="cpu"): # a torch device, or its name
     recent = torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if recent else torch.float16
 
+def available_bytes(device="cpu"): # a torch device, or its name
+    "Memory that new tensors can take: what is free, and what torch holds idle."
+    device = torch.device(device)
+    if device.type != "cuda": return psutil.virtual_memory().available
+    # To the driver, a block that torch keeps for later is in use.
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+        device)
+    return torch.cuda.mem_get_info(device)[0] + idle
+
 def shortage(source, need, free, where):
     return (f"{source} needs {need / 1e9:.2f} GB of {where}, where "
             f"{free / 1e9:.2f} GB is free: {(need - free) / 1e9:.2f} GB is "
@@ -301,8 +311,7 @@ def check_room(config, source, four_bit:bool, device, dtype):
     "Raise MemoryError or OSError, before loading, with how much is missing."
     model = empty_model(config)
     need = sum(weight_bytes(model, four_bit, True, dtype.itemsize).values())
-    free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda"
-            else psutil.virtual_memory().available)
+    free = available_bytes(device)
     if need > free:
         raise MemoryError(shortage(source, need, free, f"memory ({device})"))
     files = "model.safetensors", "model.safetensors.index.json"
