@@ -346,6 +346,22 @@ def test_heads_that_change_logits_fall_back(base, data, tmp_path):
     assert ours[1] == theirs[1]
 
 
+def test_rows_are_shared_only_where_the_model_keeps_them_apart(
+        base, rwkv_folder, data, tmp_path, capsys):
+    tokenizer, rows, held = data
+    for folder, kept_apart in ((base, True), (rwkv_folder, False)):
+        model = add_lora(load_base(folder, four_bit=False, device="cpu")[0])
+        torch.manual_seed(0)
+        for p in model.parameters(): # an untrained RWKV-7 passes nothing on
+            torch.nn.init.normal_(p, std=0.2)
+        ids = rows["input_ids"]
+        assert lesson.isolates(model, ids[0], ids[1]) == kept_apart
+        trainer = lesson.make_trainer(model, tokenizer, rows, held,
+            lesson.sft_config(str(tmp_path), padding_free=True, **QUICK))
+        assert trainer.args.padding_free == kept_apart
+        assert ("rows are padded" in capsys.readouterr().err) != kept_apart
+
+
 def test_t4_arguments(base, data, tmp_path, monkeypatch):
     "Compute capability 7.5: fp16, a scaler that works, adapters in fp32."
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -410,7 +426,103 @@ def test_skipped_scaler_steps_are_counted(base, data, tmp_path, monkeypatch):
     assert [h["skipped"] for h in run.history if "skipped" in h] == [2, 2]
 
 
+def test_twenty_skips_in_a_row_end_the_run(base, data, tmp_path, monkeypatch):
+    "fp16 that overflows at every scale trains nothing; it must not look done."
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    def step(self, closure=None): self._is_overflow = True
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    with pytest.raises(FloatingPointError, match="20 steps in a row overflow"):
+        fine_tune(base, data, tmp_path, max_steps=24, eval_steps=24,
+                  save_steps=24)
+
+
+def test_one_process_trains_on_one_of_two_gpus(tmp_path, monkeypatch):
+    "Two GPUs in sight are no reason for DataParallel, which TRL refuses."
+    for name, value in dict(is_available=True, device_count=2,
+                            set_device=None).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability",
+                        lambda device=None: (7, 5))
+    assert lesson.sft_config(str(tmp_path), device="cuda").n_gpu == 1
+
+
 # Memory
+
+def test_the_heaviest_batch_decides(base, data, tmp_path):
+    "Not the longest rows together, which the order may keep apart."
+    tokenizer, rows, held = data
+    model = add_lora(load_base(base, device="cpu")[0])
+    asked = []
+
+    def budget(config, r, batch_tokens, *args, **kwargs):
+        asked.append((batch_tokens, kwargs["padded_to"]))
+        return dict(all=batch_tokens)
+
+    for one_row in (False, True):
+        args = lesson.sft_config(str(tmp_path), **QUICK | dict(
+            padding_free=one_row, train_sampling_strategy="random"))
+        trainer = lesson.make_trainer(model, tokenizer, rows, held, args)
+        lengths = list(map(len, trainer.train_dataset["input_ids"]))
+        batches = [lengths[i:i + 8] for i in range(0, len(lengths), 8)]
+        assert sum(sorted(lengths)[-8:]) > max(map(sum, batches))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(lesson, "memory_budget", budget)
+            lesson.run_budget(trainer)
+        heaviest = max(8 * max(b) for b in batches)
+        expected = ((max(map(sum, batches)),) * 2 if one_row
+                    else (heaviest, heaviest // 8))
+        assert asked.pop() == expected
+
+
+def test_checkpointing_counts_what_torch_holds_idle(base, data, tmp_path,
+                                                    monkeypatch):
+    "A card whose memory torch keeps for later is not full."
+    tokenizer, rows, held = data
+    model = add_lora(load_base(base, device="cpu")[0])
+    trainer = lesson.make_trainer(model, tokenizer, rows, held,
+                                  lesson.sft_config(str(tmp_path), **QUICK))
+    there, need = lesson.model_bytes(model), 10**9
+
+    class Cuda:
+        gradient_checkpointing, device = False, torch.device("cuda")
+
+    def card(free, reserved, allocated):
+        for name, value in dict(mem_get_info=(free, 15e9),
+                                memory_reserved=reserved,
+                                memory_allocated=allocated).items():
+            monkeypatch.setattr(torch.cuda, name, lambda _, v=value: v)
+
+    monkeypatch.setattr(lesson, "run_budget", lambda trainer: dict(all=need))
+    card(free=1e8, reserved=need, allocated=there)
+    assert not lesson.checkpointing_if_needed(trainer, Cuda)
+    card(free=1e8, reserved=need, allocated=need) # another model's tensors
+    assert lesson.checkpointing_if_needed(trainer, Cuda)
+
+
+def test_peak_memory_is_of_the_run_and_its_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 9 * 10**9)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert lesson.peak_memory(cuda, others=4 * 10**9) == 5 * 10**9
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert 0 < lesson.peak_memory(cpu) < 9 * 10**9
+
+
+def test_training_leaves_no_states_behind(base, data, tmp_path, monkeypatch):
+    import weakref
+    made, real = [], lesson.make_trainer
+
+    def remember(*args):
+        trainer = real(*args)
+        made.append(weakref.ref(trainer))
+        return trainer
+
+    monkeypatch.setattr(lesson, "make_trainer", remember)
+    _, model = fine_tune(base, data, tmp_path, max_steps=2)
+    assert made and not [ref for ref in made if ref()]
+    assert not [p for p in model.parameters() if p.grad is not None]
+
 
 def starve(monkeypatch, fits):
     real = lesson.LossTrainer.summed_loss

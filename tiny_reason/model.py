@@ -6,9 +6,9 @@
 __all__ = ['CARDS', 'nf4_codebook', 'quantize_nf4', 'dequantize_nf4', 'LoRALinear', 'empty_model', 'projections',
            'projection_names', 'in_out', 'weight_bytes', 'state_bytes', 'adapter_bytes', 'activation_parts',
            'loss_bytes', 'work_bytes', 'memory_budget', 'cache_bytes', 'largest_batch', 'compute_dtype',
-           'available_bytes', 'shortage', 'check_room', 'load_weights', 'load_unsloth', 'load_base', 'quiet_saving',
-           'check_scale', 'add_lora', 'loaded_bytes', 'saved_bytes', 'peak_bytes', 'full_weight', 'merge',
-           'check_adapter', 'load_tuned']
+           'available_bytes', 'shortage', 'check_room', 'shared_key_attention', 'attention_for', 'load_weights',
+           'load_unsloth', 'load_base', 'quiet_saving', 'check_scale', 'add_lora', 'loaded_bytes', 'saved_bytes',
+           'peak_bytes', 'full_weight', 'merge', 'check_adapter', 'load_tuned']
 
 # %% ../nbs/01_model.ipynb #887b47aa
 import bisect, copy, errno, functools, importlib.util
@@ -27,7 +27,9 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import (BaseTunerLayer,
                                       check_target_module_exists)
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (AttentionInterface, AttentionMaskInterface,
+                          AutoModelForCausalLM, BitsAndBytesConfig)
+from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 from .files import (RWKV, check_files, check_tensors,
                                check_vocabulary, find_base, load_tokenizer,
@@ -92,8 +94,9 @@ class LoRALinear(nn.Module):
     def __init__(self, linear, r=16, alpha=32):
         super().__init__()
         self.linear, self.scale = linear.requires_grad_(False), alpha / r
-        self.A = nn.Parameter(torch.empty(r, linear.in_features))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, r))
+        there = dict(device=linear.weight.device)
+        self.A = nn.Parameter(torch.empty(r, linear.in_features, **there))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, r, **there))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x):
@@ -325,8 +328,34 @@ def check_room(config, source, four_bit:bool, device, dtype):
     if need > free:
         raise OSError(errno.ENOSPC, shortage(source, need, free, place))
 
+# %% ../nbs/01_model.ipynb #c8e3f502
+def shared_key_attention(module, query, key, value, attention_mask,
+                         dropout=0.0, scaling=None, **kwargs):
+    """PyTorch's attention for GPUs whose kernels know nothing of shared keys.
+
+    query: (rows, heads, new, width); key and value: (rows, fewer heads, ...).
+    Registered with transformers under its own name."""
+    rows, heads, new, width = query.shape
+    sharing = heads // key.shape[1]
+    if new == 1: query = query.view(rows, -1, sharing, width)
+    else: key, value = (x.repeat_interleave(sharing, 1) for x in (key, value))
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout, scale=scaling,
+        is_causal=new > 1 and attention_mask is None)
+    return out.reshape(rows, heads, new, width).transpose(1, 2), None
+
+AttentionInterface.register("shared_key_attention", shared_key_attention)
+AttentionMaskInterface.register("shared_key_attention", sdpa_mask)
+
+def attention_for(config, device:torch.device): # name of an implementation
+    "PyTorch's own, but for shared keys on a GPU older than capability 8."
+    shared = (getattr(config, "num_key_value_heads", None) or 10**9
+              ) < getattr(config, "num_attention_heads", 0)
+    old = shared and compute_dtype(device) == torch.float16
+    return "shared_key_attention" if old else "sdpa"
+
 # %% ../nbs/01_model.ipynb #a560f855
-def load_weights(source, revision, four_bit, device, dtype):
+def load_weights(source, config, revision, four_bit, device, dtype):
     "The model by transformers and bitsandbytes; every tensor must be there."
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4",
@@ -334,8 +363,9 @@ def load_weights(source, revision, four_bit, device, dtype):
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, quantization_config=nf4 if four_bit else None,
-            device_map={"": device}, attn_implementation="sdpa",
-            use_safetensors=True, trust_remote_code=False, revision=revision,
+            device_map={"": device}, use_safetensors=True,
+            attn_implementation=attention_for(config, device),
+            trust_remote_code=False, revision=revision,
             output_loading_info=True, ignore_mismatched_sizes=True)
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"The weights of {source} do not fit its config.json "
@@ -350,7 +380,7 @@ def load_weights(source, revision, four_bit, device, dtype):
                     "numbers on a CPU. Load this model with four_bit=False.")
     return model
 
-def load_unsloth(source, revision, four_bit, device, dtype):
+def load_unsloth(source, config, revision, four_bit, device, dtype):
     "The model by unsloth, where that is installed and a CUDA device is there."
     if device.type != "cuda" or not importlib.util.find_spec("unsloth"):
         raise RuntimeError(
@@ -383,7 +413,7 @@ def load_base(name:str="student", # preset, folder, or owner/name on the hub
     config = read_config(source, revision)
     if local: check_files(source)
     check_room(config, source, four_bit, device, dtype)
-    model = loaders[backend](source, revision, four_bit, device, dtype)
+    model = loaders[backend](source, config, revision, four_bit, device, dtype)
     model.name_or_path = model.config._name_or_path = remembered
     if local: model.config._commit_hash = recorded_hashes(source).get(
         "model.safetensors")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'LOGIT_CHANGES', 'CUTS', 'sft_config', 'row_order', 'ChunkedLoss', 'LossTrainer', 'CountingTrainer',
-           'SavingTrainer', 'Stopped', 'RecipeTrainer', 'stop_on_signal', 'Run', 'Watch', 'labelled', 'make_trainer',
-           'plot_run', 'in_notebook', 'LiveCurve', 'run_budget', 'smaller', 'checkpointing_if_needed', 'peak_memory',
-           'attempt', 'ready_trainer', 'train', 'outcome']
+           'SavingTrainer', 'Stopped', 'RecipeTrainer', 'stop_on_signal', 'Run', 'Watch', 'labelled', 'isolates',
+           'make_trainer', 'plot_run', 'in_notebook', 'LiveCurve', 'model_bytes', 'run_budget', 'smaller',
+           'checkpointing_if_needed', 'peak_memory', 'attempt', 'ready_trainer', 'train', 'outcome']
 
 # %% ../nbs/02_train.ipynb #8312227a
 import contextlib, copy, difflib, gc, json, math, os, random, resource, shutil
@@ -23,7 +23,8 @@ from transformers import (PrinterCallback, Trainer, TrainerCallback,
                           set_seed)
 from trl import SFTConfig, SFTTrainer
 
-from .model import compute_dtype, memory_budget
+from .model import (available_bytes, compute_dtype, loaded_bytes,
+                               memory_budget)
 from .record import (checkpoints, discard, disk_full, file_hash,
                                 flush, is_whole, last_checkpoint, rows_hash,
                                 save_run, seal)
@@ -53,7 +54,9 @@ def sft_config(output_dir:str="outputs/run", device=None, # default: best there
         # transformers 5.20 renames gradient_checkpointing; older ones have
         # only this name.
         warnings.simplefilter("ignore", FutureWarning)
-        return SFTConfig(**recipe | overrides)
+        args = SFTConfig(**recipe | overrides)
+    if args.n_gpu > 1: args._n_gpu = 1 # as Trainer does: no DataParallel
+    return args
 
 RECIPE = dict(
     max_steps=250, learning_rate=2e-4, lr_scheduler_type="linear",
@@ -298,7 +301,7 @@ class Stopped(KeyboardInterrupt):
 
 class RecipeTrainer(SavingTrainer):
     "Drops updates that are not finite; ends after three, or on a signal."
-    asked, stop, strikes = 0, False, 0
+    asked, stop, strikes, overflows = 0, False, 0, 0
 
     def close_step(self):
         "Add up a step over all processes; drop its update if it is bad."
@@ -337,6 +340,18 @@ class RecipeTrainer(SavingTrainer):
             f"them changed the adapters; the state before them is {kept}. "
             "The learning rate is the first thing to lower.")
 
+    def count_overflow(self, skipped:bool):
+        "Count steps that the scaler skipped; the twentieth in a row ends it."
+        self.progress["skipped"] += skipped
+        self.overflows = self.overflows + 1 if skipped else 0
+        if self.overflows < 20: return # each has halved the scale, from 2**16
+        raise FloatingPointError(
+            f"{self.overflows} steps in a row overflowed in fp16, and none of "
+            "them changed the adapters: no scale of the loss is small enough, "
+            "so the model itself overflows. Load the base with "
+            "dtype=torch.float32 and train with fp16=False, or use a GPU that "
+            "has bf16.")
+
     def _load_best_model(self):
         if not self.stop: super()._load_best_model()
 
@@ -370,7 +385,7 @@ class Run:
     steps:int # optimiser steps done
     tokens:int # tokens that are not padding, prompts included
     seconds:float # training and validation, without loading
-    peak_bytes:int # CUDA: most allocated; CPU: most resident memory
+    peak_bytes:int # CUDA: most allocated for it; CPU: most resident memory
     loss_tokens:int = 0 # tokens that carried loss
     skipped:int = 0 # steps whose update was dropped, by us or by the scaler
 
@@ -394,8 +409,8 @@ class Watch(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, optimizer=None,
                           **kwargs):
-        skipped = getattr(optimizer, "step_was_skipped", False)
-        self.trainer.progress["skipped"] += bool(skipped)
+        self.trainer.count_overflow(bool(getattr(
+            optimizer, "step_was_skipped", False)))
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer, seconds = self.trainer, time.time() - self.trainer.started
@@ -443,12 +458,36 @@ def labelled(rows, name:str, completion_only:bool=True)->Dataset:
                for i, keep in zip(*row)] for row in zip(ids, masks)]
     return Dataset.from_dict(dict(input_ids=ids, labels=labels))
 
+@torch.no_grad()
+def isolates(model, first:list[int], second:list[int], # token ids
+             )->bool:
+    "Whether the second sequence reads the same behind the first as alone."
+    def logits(*sequences):
+        places = [i for s in sequences for i in range(len(s))]
+        ids, places = (torch.tensor([x], device=model.device)
+                       for x in (sum(sequences, []), places))
+        out = model(input_ids=ids, position_ids=places, use_cache=False)
+        return out.logits[0, -len(second):].float()
+    training = model.training
+    model.eval()
+    alone, behind = logits(second), logits(first, second)
+    model.train(training)
+    # rounding is far below, and a neighbour in sight far above
+    return ((alone - behind).abs().max() < 0.1 * alone.std()).item()
+
 def make_trainer(model, tokenizer, train_set, validation_set,
                  args:SFTConfig)->RecipeTrainer:
     "TRL's trainer on encoded rows in the order of `row_order`, adapters fp32."
     masked = args.completion_only_loss is not False
     rows = labelled(train_set, "train", masked)
     lengths = [len(ids) for ids in rows["input_ids"]]
+    if args.padding_free and "meta" not in {
+            p.device.type for p in model.parameters()} and not isolates(
+            model, rows[0]["input_ids"], rows[-1]["input_ids"]):
+        print("rows are padded: in this model, sequences that share a row see "
+              "each other", file=sys.stderr)
+        args = copy.copy(args)
+        args.padding_free = False
     batch = (args.train_batch_size * args.gradient_accumulation_steps
              * args.world_size)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(
@@ -524,18 +563,23 @@ CUTS = {"activations": "shorter rows (max_length) or gradient_checkpointing",
         "logits": "shorter completions", "optimiser": "a smaller rank",
         "adapters": "a smaller rank", "gradients": "a smaller rank"}
 
+def model_bytes(model)->int: # that it has in memory already
+    return sum(loaded_bytes(model).values())
+
 def run_budget(trainer)->dict: # row -> bytes
     "`memory_budget` of the heaviest micro-batch; empty if it has none."
     args, base = trainer.args, trainer.model.get_base_model()
     config = copy.deepcopy(base.config)
     four_bit = hasattr(config, "quantization_config")
     if four_bit: del config.quantization_config
-    lengths = sorted(map(len, trainer.train_dataset["input_ids"]))
-    some = lengths[-args.per_device_train_batch_size:]
-    row = sum(some) if args.padding_free else some[-1]
+    lengths = list(map(len, trainer.train_dataset["input_ids"]))
+    size, one_row = args.per_device_train_batch_size, args.padding_free
+    batches = [lengths[i:i + size] for i in range(0, len(lengths), size)]
+    some = max(batches, key=sum if one_row else lambda b: max(b) * len(b))
+    row = sum(some) if one_row else max(some)
     try: return memory_budget(
         config, trainer.model.peft_config["default"].r,
-        row if args.padding_free else row * len(some), four_bit,
+        row if one_row else row * len(some), four_bit,
         checkpointing=bool(args.gradient_checkpointing),
         optimizer=str(getattr(args.optim, "value", args.optim)),
         logit_chunk=max(1, ChunkedLoss.at_once // config.vocab_size),
@@ -569,18 +613,18 @@ def smaller(args:SFTConfig, budget:dict)->SFTConfig:
 def checkpointing_if_needed(trainer, args:SFTConfig)->bool:
     "Whether the budget is beyond what the GPU has left for tensors."
     if args.device.type != "cuda" or args.gradient_checkpointing: return False
-    free = torch.cuda.mem_get_info(args.device)[0]
-    held = torch.cuda.memory_allocated(args.device)
+    room = available_bytes(args.device) + model_bytes(trainer.model)
     needed = sum(run_budget(trainer).values())
-    if needed < free + held: return False
+    if needed < room: return False
     print(f"gradient checkpointing is on: the budget is {needed / 1e9:.1f} "
-          f"GB, the device has {(free + held) / 1e9:.1f} GB", file=sys.stderr)
+          f"GB, the device has {room / 1e9:.1f} GB", file=sys.stderr)
     return True
 
 # %% ../nbs/02_train.ipynb #8e4af58d
-def peak_memory()->int: # bytes
-    "CUDA: the most that was allocated; CPU: the process's resident peak."
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
+def peak_memory(device:torch.device, others:int=0)->int: # bytes
+    "CUDA: most allocated, less `others`; CPU: the process's resident peak."
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) - others
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)
 
@@ -629,24 +673,32 @@ def train(model, # a PEFT model of `add_lora`
              if p.requires_grad}
     if not resume and args.should_save and args.save_strategy != "no":
         for old in checkpoints(args.output_dir): discard(old)
-    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    others = 0 # what other models hold on the GPU is not this run's
+    if args.device.type == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats(args.device)
+        others = torch.cuda.memory_allocated(args.device) - model_bytes(model)
     while True:
         trainer = ready_trainer(model, tokenizer, train_set, validation_set,
                                 args)
-        if attempt(trainer, resume and last_checkpoint(args.output_dir)):
-            return outcome(trainer)
-        args, resume = smaller(trainer.args, run_budget(trainer)), True
-        for p, value in first.items(): p.data, p.grad = value.clone(), None
-        del trainer
+        done = attempt(trainer, resume and last_checkpoint(args.output_dir))
+        if done: run = outcome(trainer, others)
+        else: args = smaller(trainer.args, run_budget(trainer))
+        del trainer # whose optimiser states and gradients are large
+        for p in first: p.grad = None
         gc.collect()
-        if torch.cuda.is_available(): torch.cuda.empty_cache()
+        if args.device.type == "cuda": torch.cuda.empty_cache()
+        if done: return run
+        for p, value in first.items(): p.data = value.clone()
+        resume = True
 
-def outcome(trainer)->Run:
-    "What a trainer that has finished did."
+def outcome(trainer, others:int=0)->Run:
+    "What a trainer that has finished did, beside `others` bytes on its GPU."
     state, counts = trainer.state, trainer.progress
     history = [{k: v for k, v in h.items() if k != "epoch"}
                for h in state.log_history if "loss" in h or "eval_loss" in h]
     return Run(history, state.best_model_checkpoint, state.best_metric,
                state.global_step, counts["tokens"],
                counts["seconds"] + time.time() - trainer.started,
-               peak_memory(), counts["loss_tokens"], counts["skipped"])
+               peak_memory(trainer.args.device, others),
+               counts["loss_tokens"], counts["skipped"])
