@@ -51,6 +51,26 @@ def same(a, b):
     return all(x.equal(y) for x, y in zip(a.parameters(), b.parameters()))
 
 
+def test_fp16_is_refused(tokenizer, tmp_path):
+    "On a T4 an unscaled loss loses four tenths of such gradients."
+    half = add_lora(load_base("student", device="cpu", dtype=torch.float16)[0])
+    with pytest.raises(ValueError, match="dtype=torch.float32"):
+        p.pretrain(half, tokenizer, text(tokenizer), tmp_path, PLAN)
+
+
+@pytest.mark.parametrize("capability, dtype", [
+    ((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_adapters_on_a_t4_start_from_fp32(monkeypatch, capability, dtype):
+    from tiny_reason import cli, config, model
+    _, asked = config.parse(["pretrain", "--use_lora", "--model.name",
+                             "student"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability",
+                        lambda device=None: capability)
+    monkeypatch.setattr(cli, "chosen_device", lambda settings: "cuda")
+    monkeypatch.setattr(model, "load_base", lambda *args: args)
+    assert cli.beginning(asked) == ("student", False, "cuda", dtype)
+
+
 def cut(tokenizer, tokens):
     "The same text, and then the machine dies."
     for one in text(tokenizer):

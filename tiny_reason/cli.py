@@ -477,12 +477,13 @@ def beginning(settings): # -> (model, tokenizer)
     "A preset with random weights and the tokenizer of `model.name`; or that."
     import torch
     from tiny_reason.files import find_base, load_tokenizer
-    from tiny_reason.model import load_base
+    from tiny_reason.model import compute_dtype, load_base
     from tiny_reason.pretrain import new_model
     m, device = settings.model, chosen_device(settings)
     if not settings.preset:
+        halved = settings.use_lora and compute_dtype(device) == torch.bfloat16
         return load_base(m.name, m.four_bit and settings.use_lora, device,
-                         None if settings.use_lora else torch.float32)
+                         torch.bfloat16 if halved else torch.float32)
     tokenizer = load_tokenizer(find_base(m.name)[0])
     torch.manual_seed(settings.project.seed)
     return new_model(settings.preset, tokenizer, max(

@@ -365,6 +365,10 @@ def identity(model, plan:Plan, first)->dict: # first: a pair of `rows`
 
 def set_up(model, documents, plan:Plan, out, resume:bool):
     "Optimisers, the rows to come, what the run is, and its log so far."
+    if torch.float16 in {p.dtype for p in model.parameters()}:
+        raise ValueError("this model is in fp16, where small gradients become "
+                         "0 unless the loss is scaled, and pretrain does not "
+                         "scale it: load it with dtype=torch.float32")
     context = getattr(model.config, "max_position_embeddings", None)
     if context and plan.length > context:
         raise ValueError(f"rows of {plan.length:,} tokens are longer than the "
