@@ -63,6 +63,7 @@ def test_a_real_process_exits_with_2_and_one_line():
     (["train", "--validation_split", "1"], "between 0 and 1"),
     (["train", "--lora.dropout", "1"], "below 1"),
     (["train", "--model.device", "gpu"], "cuda"),
+    (["train", "--model.device", "cuda:1"], "CUDA_VISIBLE_DEVICES=1"),
     (["train", "--model.four_bit", "3"], "true or false"),
     (["train", "--data.style", "thinking"], "think, instruction or question"),
     (["train", "--data.calculator", "drop"], "strip, keep or equations"),

@@ -451,6 +451,8 @@ def test_one_process_trains_on_one_of_two_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability",
                         lambda device=None: (7, 5))
     assert lesson.sft_config(str(tmp_path), device="cuda").n_gpu == 1
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=1"):
+        lesson.sft_config(str(tmp_path), device="cuda:1")
 
 
 # Memory

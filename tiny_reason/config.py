@@ -24,7 +24,7 @@ from jsonargparse.typing import (NonNegativeFloat, NonNegativeInt,
 
 # %% ../nbs/config.ipynb #fa0f1e04
 Below1 = restricted_number_type("Below1", float, [(">=", 0), ("<", 1)])
-Device = restricted_string_type("Device", r"^(auto|cpu|cuda(:\d+)?)$")
+Device = restricted_string_type("Device", r"^(auto|cpu|cuda)$")
 Style = restricted_string_type("Style", r"^(think|question|instruction)$")
 
 def key(default, text): return field(default=default,
@@ -335,7 +335,8 @@ WORDS = dict(PositiveInt="a whole number above 0", bool="true or false",
              Style="think, question or instruction",
              OpenUnitInterval="a number between 0 and 1",
              Below1="a number from 0 to below 1", list="a list of names",
-             Device="auto, cpu, cuda or cuda:0")
+             Device="auto, cpu or cuda; with several GPUs, put "
+                    "CUDA_VISIBLE_DEVICES=1 before the command to choose one")
 
 def default_config()->str: # name of a bundled configuration
     "The student, unless there is a CUDA device with at least 6 GB."

@@ -44,6 +44,10 @@ def sft_config(output_dir:str="outputs/run", device=None, # default: best there
         raise TypeError(f"SFTConfig has no {name!r}; did you mean {near!r}?")
     device = torch.device(
         device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.index and "LOCAL_RANK" not in os.environ: # no launcher's choice
+        raise ValueError(f"a process trains on the first GPU that it sees, not "
+                         f"on {device}: start it with CUDA_VISIBLE_DEVICES="
+                         f"{device.index} and say device='cuda'")
     on_cpu, dtype = device.type == "cpu", compute_dtype(device)
     recipe = RECIPE | dict(
         output_dir=output_dir, use_cpu=on_cpu, bf16=dtype == torch.bfloat16,
