@@ -22,6 +22,8 @@ from transformers import (AutoModelForCausalLM, BertConfig,
 
 from tiny_reason import model as m
 from tiny_reason.files import find_base
+from tiny_reason.record import save_run
+from tiny_reason.train import Run, sft_config
 
 STUDENT = Path(find_base("student")[0])
 TINY = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2,
@@ -312,17 +314,17 @@ def test_flipped_bit_in_the_numbers(tmp_path):
         m.load_base(str(folder), device="cpu")
 
 
-def test_flipped_bit_in_an_adapter(adapter):
-    "Seen where the run card records the hash, as `save_run` does."
-    import hashlib
-    file = adapter / "adapter_model.safetensors"
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    (adapter / "experiment_config.yaml").write_text(
-        f"hashes: {{adapter: {digest}}}\n")
-    m.load_tuned(adapter, device="cpu")
-    flip(file, -10)
+def test_flipped_bit_in_an_adapter(base, tmp_path):
+    "Seen in whatever `save_run` has written, which records the hash."
+    tuned, words = m.load_base(base, device="cpu")
+    tuned = m.add_lora(tuned, r=4)
+    folder = save_run(Run([], None, None, 0, 0, 1.0, 0), tuned, words,
+                      dict(input_ids=[], completion_mask=[]),
+                      sft_config(str(tmp_path), "cpu"), tmp_path / "run")
+    m.load_tuned(folder, device="cpu")
+    flip(folder / "adapter_model.safetensors", -10)
     with pytest.raises(ValueError, match="SHA-256 differs"):
-        m.load_tuned(adapter, device="cpu")
+        m.load_tuned(folder, device="cpu")
 
 
 def test_missing_and_misshapen_tensors(base):

@@ -76,7 +76,7 @@ def recorded_hashes(folder): # {file name: sha256}
         lines = [line.split() for line in sums.read_text().splitlines()]
         return {words[-1].lstrip("*"): words[0] for words in lines if words}
     card = yaml.safe_load(card.read_text()) if card.is_file() else {}
-    adapter = card.get("hashes", {}).get("adapter")
+    adapter = card.get("record", {}).get("hashes", {}).get("adapter")
     return {"adapter_model.safetensors": adapter} if adapter else {}
 
 # %% ../nbs/01_files.ipynb #a4f925a7
