@@ -2,6 +2,7 @@
 OpenAI's labels, which lie outside the repository and are skipped without it."""
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tiny_reason.grading import (check_steps, extract_answer, grade,
-                                 is_correct, parse_number, read_answer)
+from tiny_reason.data import write_equations
+from tiny_reason.grading import (calculate, check_steps, extract_answer,
+                                 grade, is_correct, parse_number, read_answer)
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location(
@@ -99,6 +101,36 @@ def test_worked_examples(text, value):
     verdict = grade(text, 0)
     assert verdict.value == (None if value is None else Fraction(value))
     assert verdict.reason
+
+
+def expressions():
+    numbers = st.decimals(0, 10**6, places=2).map(str) | st.integers(
+        0, 999).map(str)
+    return st.recursive(numbers, lambda e: st.builds(
+        "({}{}{})".format, e, st.sampled_from("+-*"), e), max_leaves=8)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(expressions())
+def test_calculate_is_exact(expression):
+    exact = re.sub(r"[\d.]+", lambda m: f"Fraction('{m[0]}')", expression)
+    if len(expression) <= 200:
+        assert calculate(expression) == eval(exact, {"Fraction": Fraction})
+
+
+@pytest.mark.parametrize("text, value", [
+    ("1_000+1", 1001), ("1,000+1", 1001), ("560//10", 56), ("7//2", 3),
+    ("3*+6", 18), ("-18/-2", 9), ("2--3", 5), ("-(1+2)*-3/4.50", 2),
+    ("50%*8", 4), ("1/3*3", 1), ("007+1", 8), ("2 3+", None), ("()5", None),
+    ("2(3)", None), ("2++", None), ("8 apples", None), ("9**9", None),
+    ("1e3", None), ("5%3", None), ("(2", None), ("2)", None), ("1/0", None)])
+def test_annotations_are_worked_out_alike(text, value):
+    "By the grader, which checks a trace, and by the data, which write it out."
+    note = f"<<{text}={value}>>"
+    assert [ok for _, ok in check_steps(note)] == [value is not None or None]
+    try: written = write_equations(note)
+    except ValueError: written = None
+    assert written == (None if value is None else f"{text}={value}")
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)

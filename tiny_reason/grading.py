@@ -7,16 +7,17 @@ __all__ = ['THIN', 'RAISED', 'TYPED', 'CODES', 'SPELLING', 'DIGITS', 'FORMS', 'O
            'WORDS', 'SCALE', 'NUMBER', 'SPOILED_BEFORE', 'SPOILED_AFTER', 'ODD_SIZES', 'UNREADABLE', 'BOUND', 'SUMS',
            'ASIDE', 'EXPLAINS', 'TAIL', 'VALUE', 'NOT_BUT', 'DENIED', 'KEYS', 'END', 'MARK', 'HEADING', 'HEADED',
            'SUPPOSED', 'HAS_NUMBER', 'CLAUSE', 'NEGATED', 'RETRACTED', 'BROKEN', 'SAYS', 'IT_IS', 'UNKNOWN',
-           'CONCLUDES', 'LISTED', 'CHATTER', 'LEAD', 'STEP', 'NEXT', 'RANKS', 'OPERAND', 'SIDE', 'CHAIN',
+           'CONCLUDES', 'LISTED', 'CHATTER', 'LEAD', 'STEP', 'NEXT', 'TOKEN', 'OPERATIONS', 'OPERAND', 'SIDE', 'CHAIN',
            'plain_character', 'ascii_typing', 'respell', 'read_digits', 'part_size', 'counted', 'read_words',
            'read_number', 'Number', 'find_numbers', 'without_asides', 'Reading', 'one_of', 'read_answer',
            'parse_number', 'Answer', 'marks', 'states', 'first_clause', 'corrected', 'boxed', 'marked_answer',
            'last_line', 'extract_answer', 'gold_number', 'Verdict', 'grade', 'is_correct', 'strict', 'flexible',
-           'combine', 'work_out', 'check_steps']
+           'combine', 'calculate', 'check_steps']
 
 # %% ../nbs/03_grading.ipynb #895078eb
 import html, re, unicodedata
 from fractions import Fraction
+from operator import add, floordiv, mul, sub, truediv
 from typing import NamedTuple
 
 from text_to_num import text2num
@@ -545,33 +546,41 @@ def flexible(completion:str, gold:str)->bool:
     return said == want
 
 # %% ../nbs/03_grading.ipynb #9f2bebf1
-RANKS = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2}
-def combine(values:list[Fraction], operator:str)->None: # changes `values`
-    "Replace the last two values by their result; errors as they come."
-    b, a = values.pop(), values.pop()
-    values.append(a + b if operator == "+" else a - b if operator == "-"
-                  else a * b if operator == "*" else a / b)
+TOKEN = re.compile(rf"{DIGITS}|//|[-+*/()%]")
+OPERATIONS = {"(": (0, None), "+": (1, add), "-": (1, sub), "*": (2, mul),
+              "/": (2, truediv), "//": (2, floordiv), "sign": (3, mul)}
+def combine(values:list[Fraction], waiting:list[str])->None: # changes both
+    "Replace the last two values by what the last operator makes of them."
+    right = values.pop()
+    values.append(Fraction(OPERATIONS[waiting.pop()][1](values.pop(), right)))
 
-def work_out(expression:str)->Fraction|None: # digits, + - * / % and brackets
-    "Exact value of an expression without `eval`; None if it is not one."
-    tokens = re.findall(rf"{DIGITS}|[-+*/()%]", expression)
-    if len(tokens) > 200: return None
-    values, waiting, last = [], [], "("
+def calculate(expression:str, # digits, + - * / // % and brackets
+              )->Fraction|None: # exact; None if it is not arithmetic
+    "Work out an expression without `eval`. Never raises."
+    tokens = TOKEN.findall(expression)
+    if len(tokens) > 200 or TOKEN.sub("", expression).strip(): return None
+    values, waiting, due = [], [], True # due: a number has to come
     try:
         for t in tokens:
-            if t == "%": values.append(values.pop() / 100)
-            elif t == "(": waiting.append(t)
-            elif t in RANKS or t == ")":
-                if t in "+-" and last == "(": values.append(Fraction(0))
-                while waiting and RANKS[waiting[-1]] >= RANKS.get(t, 1):
-                    combine(values, waiting.pop())
-                if t != ")": waiting.append(t)
-                else: waiting.pop()
+            if due and t in "+-": # of the number: 3*-6
+                values.append(Fraction(f"{t}1")); waiting.append("sign")
+                continue
+            if due != (t == "(" or t[-1].isdigit()): return None
+            due = t in OPERATIONS
+            if t == "(": waiting.append(t)
+            elif t == "%": values[-1] /= 100
+            elif t == ")":
+                while waiting[-1] != "(": combine(values, waiting)
+                waiting.pop()
+            elif due:
+                while waiting and (OPERATIONS[waiting[-1]][0]
+                                   >= OPERATIONS[t][0]):
+                    combine(values, waiting)
+                waiting.append(t)
             else: values.append(read_digits(t))
-            last = t
-        while waiting: combine(values, waiting.pop())
-    except (IndexError, KeyError, TypeError, ZeroDivisionError): return None
-    return values[0] if len(values) == 1 else None
+        while waiting: combine(values, waiting)
+    except (IndexError, TypeError, ZeroDivisionError): return None
+    return None if due else values[0]
 
 # %% ../nbs/03_grading.ipynb #b7eda088
 OPERAND = rf"[( $]{{0,8}}(?:-[( $]{{0,8}})?{DIGITS} ?%?[) ]{{0,8}}"
@@ -590,7 +599,7 @@ def check_steps(reasoning:str, # a trace, with or without `<<48/2=24>>`
     for found in CHAIN.finditer(text):
         sides = (found[1] or found[2] or "").replace("$", "").split("=")
         for left, right in zip(sides, sides[1:]):
-            a, b = work_out(left), work_out(right)
+            a, b = calculate(left), calculate(right)
             steps.append((f"{left.strip()} = {right.strip()}",
                           None if a is None or b is None else a == b))
     return steps
