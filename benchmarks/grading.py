@@ -125,6 +125,10 @@ SPELLINGS = {
     "latex display": lambda x: rf"\[{plain(x)}\]",
     "latex text": lambda x: rf"\text{{{plain(x)}}}",
     "latex bold": lambda x: rf"\mathbf{{{plain(x)}}}",
+    "comma and space": lambda x: (grouped(x, ", ") if x % 1 == 0
+                                  and 1000 <= abs(x) < 10**6 else None),
+    "comma, space, unit": lambda x: (f"${grouped(x, ', ')} dollars" if x % 1
+                                     == 0 and 1000 <= x < 10**6 else None),
     "latex group": lambda x: grouped(x, "{,}"),
     "latex thin": lambda x: grouped(x, r"\,"),
     "latex negative space": lambda x: grouped(x, r",\!"),
@@ -271,7 +275,10 @@ log(5)|sin(5)|5%6|5|six or 5|five six|five or six|between five and six|5 hundred
 x = 5, y = 6|x = 5 or x = 6|x = 5 and y = 6|5 = x + 6|5 apples and 6 pears|5...6
 5 apples or 6 pears|either 5 or 6|5 (or 6)|5 (maybe 6)|6 (or 5)|five million and a half
 roughly 5 to 6|5-6 apples|5~6|5, maybe 6|5 if it rains, 6 otherwise|0.\\overline{5}
-5 \\text{ or } 6|\\{5, 6\\}|5 \\pm 6|5_{6}|10^5.5|5e5e5|5,6,7|5.6,7|1,2345|12,5,5"""
+5 \\text{ or } 6|\\{5, 6\\}|5 \\pm 6|5_{6}|10^5.5|5e5e5|5,6,7|5.6,7|1,2345|12,5,5
+1, 200 and 3|1, 200 or 3|1, 200 or more|(1, 200)|[1, 200]|1, 200, 300|1,200, 300
+the answers are 1, 200|x = 1, 200|0, 100|1, 20|1, 2000|1, 200 respectively
+1, 200 and 1, 300|1, 200 eggs and three pears|3 days, 200 eggs|room 1, 200 eggs"""
 NO_ANSWER = [t for line in NO_ANSWER.split("\n") for t in line.split("|")
              if t != "5"]
 NO_STATEMENT = r"""The answer is not 5.|The answer isn't 5.|Is the answer 5?

@@ -96,7 +96,11 @@ def test_what_is_not_stated_is_not_accepted(text):
     ("The answer is 18.\nThat took 3 steps.", 18), ("- 18", None),
     ("Answer - 18", 18), ("&minus;18", -18), ("(18)", 18), ("18.000", None),
     ("18,000", 18000), ("1.800.000", 1800000), ("1 800", None),
-    ("<answer>18</answer> 3", 18), ("18\n\nUser: 19", 18)])
+    ("<answer>18</answer> 3", 18), ("18\n\nUser: 19", 18),
+    ("1, 200", 1200), ("#### 1, 200", 1200), ("The answer is 1, 200.", 1200),
+    ("**Final Answer:** $18, 000", 18000), ("\\boxed{-1, 200}", -1200),
+    ("**Final Answer: 1, 200 red apples**", 1200), ("1, 200%", 1200),
+    ("The answers are 1, 200", None), ("She has 1, 200", None)])
 def test_worked_examples(text, value):
     verdict = grade(text, 0)
     assert verdict.value == (None if value is None else Fraction(value))

@@ -76,7 +76,9 @@ SPELLING = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=[A-Za-z])\^\(?-?\d\)?", ""),               # s^-2
     (r"(?<![A-Za-z\d.,])(?![Rr]\d)[A-Za-z]+\d\w*", " "), # CO2, Q5
     (r"\b(?i:minus|negative) (?=[$\d.])", "-"),
-    (r"(?<!\d)_|_(?!\d)", " "), (r"\s+", " "))]
+    (r"(?<!\d)_|_(?!\d)", " "), (r"\s+", " "),
+    (r"^([-+$ ]*[1-9]\d{0,2}), (?=\d{3}(?: ?%| [A-Za-z]+){0,3}[.! ]*$)"
+     r"(?!.* (?:are|both|respectively)\b)", r"\1,"))] # nothing but 1, 200
 def respell(text:str)->str: # at most a few thousand characters
     "Plain typing of an answer: no LaTeX, bold, tags or currency codes."
     text = ascii_typing(html.unescape(text))
