@@ -28,6 +28,32 @@ run = train.train(model.add_lora(base), tokenizer, rows, held, args)
 assert run.steps == 2 and run.best_checkpoint
 """
 
+IMPORT_EACH = """
+import importlib, logging, os, pkgutil, sys
+import datasets, tiny_reason, torch, transformers # and the rest in each child
+for module in pkgutil.iter_modules(tiny_reason.__path__):
+    child = os.fork()
+    if child:
+        if os.waitpid(child, 0)[1]: sys.exit(module.name)
+        continue
+    importlib.import_module(f"tiny_reason.{module.name}")
+    for name, logger in [*logging.root.manager.loggerDict.items()]:
+        if name.startswith("bitsandbytes"):
+            assert not getattr(logger, "level", 0), name
+            assert not getattr(logger, "disabled", 0), name
+    sys.stdout.write(module.name + "\\n")
+    sys.stdout.flush()
+    os._exit(0)
+"""
+
+
+def test_importing_is_silent_and_changes_no_logging():
+    done = subprocess.run([sys.executable, "-c", IMPORT_EACH], text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert {"model", "train", "cli"} < set(done.stdout.split())
+
 
 @pytest.fixture(scope="module")
 def wheel(copy, tmp_path_factory):

@@ -16,12 +16,15 @@ import logging, math, shutil, warnings
 from pathlib import Path
 import torch
 from torch import nn
-# On CPUs with AVX512-BF16, bitsandbytes logs that an optional kernel is
-# missing. It is not used here, so the line would only worry people.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # PEFT reads this attribute of every model; whoever trains can do nothing.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-import bitsandbytes as bnb, psutil
+# On CPUs with AVX512-BF16, bitsandbytes logs while it is imported that an
+# optional kernel is missing. It is not used here and would only worry people.
+_kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
+_kernels.disabled = True
+import bitsandbytes as bnb
+_kernels.disabled = False
+import psutil
 from huggingface_hub import constants, try_to_load_from_cache
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import (BaseTunerLayer,

@@ -15,6 +15,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+# before Trainer and trl, which import bitsandbytes and let it talk
+from .model import (available_bytes, compute_dtype, loaded_bytes,
+                               memory_budget)
 from datasets import Dataset
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
@@ -23,8 +26,6 @@ from transformers import (PrinterCallback, Trainer, TrainerCallback,
                           set_seed)
 from trl import SFTConfig, SFTTrainer
 
-from .model import (available_bytes, compute_dtype, loaded_bytes,
-                               memory_budget)
 from .record import (checkpoints, discard, disk_full, file_hash,
                                 flush, is_whole, last_checkpoint, rows_hash,
                                 save_run, seal)
