@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_reason import pretrain as p, rwkv
 from tiny_reason.data import load_problems
 from tiny_reason.eval import evaluate
+from tiny_reason.files import find_base, read_config
 from tiny_reason.model import add_lora, load_base, load_tuned
 from tiny_reason.record import checkpoints, last_checkpoint
 from tiny_reason.train import Stopped
@@ -108,6 +110,16 @@ def test_what_is_saved_loads_and_answers(kind, tokenizer, tmp_path):
     problems = list(load_problems("arithmetic", n=2))
     assert evaluate(loaded, tokenizer, problems, "question",
                     max_new_tokens=4).n == 2
+
+
+def test_older_readers_find_the_base_of_the_angles(tokenizer, tmp_path):
+    "transformers 5 writes it one level down, where others do not look."
+    model = p.new_model("student", tokenizer)
+    folders = [find_base("student")[0], p.save_model(model, tokenizer, tmp_path)]
+    for folder in folders:
+        config = json.loads(Path(folder, "config.json").read_text())
+        assert config["rope_theta"] == 10_000
+        assert read_config(folder).rope_parameters == config["rope_parameters"]
 
 
 @pytest.mark.parametrize("kind", ("transformer", "rwkv"))

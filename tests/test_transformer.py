@@ -210,8 +210,12 @@ def test_round_trip(tmp_path_factory, config):
     other.save_pretrained(folder)
     read = t.load(folder)
     t.save(read, Words(range(config.vocab_size)), folder / "again")
+    written = json.loads((folder / "again" / "config.json").read_text())
+    assert (written["rope_theta"] == written["rope_parameters"]["rope_theta"]
+            == config.rope_parameters["rope_theta"]) # for older readers too
     again = AutoModelForCausalLM.from_pretrained(folder / "again")
     assert type(again) is type(other)
+    assert again.config.rope_parameters == config.rope_parameters
     expected = dict(other.named_parameters())
     for model in (read, again, t.load(folder / "again")):
         found = dict(model.named_parameters())

@@ -319,6 +319,8 @@ def save_model(model, tokenizer, out, dtype=None)->Path:
         return transformer.save(model, tokenizer, out, dtype)
     kept = copy.deepcopy(model).to(dtype) if dtype else model
     kept.save_pretrained(out)
+    if not hasattr(model, "peft_config"): # adapters alone have no config
+        transformer.state_rope_theta(out)
     tokenizer.save_pretrained(out)
     return Path(out)
 

@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'PRESETS', 'RMSNorm', 'head_width', 'turns', 'rotate', 'biases', 'Attention', 'SwiGLU', 'Block', 'visible',
            'Transformer', 'check_context', 'check_config', 'read_config', 'read_tensors', 'load', 'check_finite',
            'Cache', 'check_ids', 'greedy', 'preset_config', 'count_parameters', 'layer_numbers', 'backward_bytes',
-           'training_bytes', 'next_token_loss', 'save']
+           'training_bytes', 'next_token_loss', 'state_rope_theta', 'save']
 
 # %% ../nbs/07_transformer.ipynb #cde33384
 import copy, difflib, json
@@ -415,6 +415,14 @@ def next_token_loss(model, x, y): # ids (rows, length) twice -> scalar
     return loss
 
 # %% ../nbs/07_transformer.ipynb #4a8cc806
+def state_rope_theta(folder)->None: # of a saved model
+    "Put `rope_theta` at the top of config.json too, for older readers."
+    path = Path(folder, "config.json")
+    config = json.loads(path.read_text())
+    if theta := (config.get("rope_parameters") or {}).get("rope_theta"):
+        path.write_text(json.dumps(config | dict(rope_theta=theta), indent=2,
+                                   sort_keys=True) + "\n")
+
 def save(model:Transformer, tokenizer, folder, # created if it is not there
          dtype=None, # of the file; default: as the model is
          spare:int=0, # rows beyond the tokenizer's last token, if wanted
@@ -435,6 +443,7 @@ def save(model:Transformer, tokenizer, folder, # created if it is not there
     ends = {k: getattr(tokenizer, k) for k in ("eos_token_id", "pad_token_id")}
     config.update({k: v for k, v in ends.items() if getattr(config, k) is None})
     config.save_pretrained(folder)
+    state_rope_theta(folder)
     tensors = {n: p.detach().to("cpu", dtype).contiguous()
                for n, p in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
