@@ -13,9 +13,10 @@ from hypothesis import given, settings, strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from tiny_reason import eval as ev
-from tiny_reason.data import build_prompt, load_problems
+from tiny_reason.data import build_prompt, encode_text, load_problems
 from tiny_reason.files import find_base, load_tokenizer
 from tiny_reason.model import load_base, merge
+from tiny_reason.rwkv import RWKV7Config, RWKV7ForCausalLM
 
 torch.set_num_threads(1)
 
@@ -141,6 +142,132 @@ def test_a_vllm_engine_takes_the_same_call(unsure, monkeypatch):
     assert ev.generate_ids(LLM(), tokenizer, [[30, 31], [32]], 5) == [
         [31, 30], [32]]
     assert asked["temperature"] == 0 and asked["repetition_penalty"] == 1
+
+
+def small(kind, **more):
+    "An untrained model of some architecture of transformers."
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        kind, vocab_size=64, **more)).eval()
+
+
+def test_rows_are_counted_by_what_a_model_remembers(student):
+    "On a CPU a gigabyte for all rows; a recurrent row costs what it costs."
+    transformer, rwkv = student[0], RWKV7ForCausalLM(RWKV7Config(
+        64, 128, 2)).eval()
+    each = 2 * 4 * 2 * 64 * 4 # K and V, layers, heads, width, bytes
+    assert ev.rows_that_fit(transformer, 500) == 128
+    assert ev.rows_that_fit(transformer, 10**5) == 10**9 // (each * 10**5)
+    assert ev.rows_that_fit(rwkv, 10**5) == ev.rows_that_fit(rwkv, 10**9) == 128
+
+
+@pytest.mark.parametrize("kind, heads, shape", [
+    ("gpt2", 4, dict(n_embd=32, n_layer=2, n_head=4)),
+    ("falcon", 1, dict(hidden_size=32, num_hidden_layers=2, # one key and value
+                       num_attention_heads=4, multi_query=True))]) # for all
+def test_rows_of_models_that_name_their_sizes_differently(kind, heads, shape):
+    each = 2 * 2 * heads * 8 * 4 # K and V, layers, heads, width, bytes
+    assert ev.rows_that_fit(small(kind, **shape), 10**5) == min(
+        128, 10**9 // (each * 10**5))
+
+
+def test_what_torch_holds_idle_is_room_for_rows(student, monkeypatch):
+    "The driver says 1 GB is free; torch keeps 7 more, of which 6 are idle."
+    model, positions, cuda = student[0], 10**5, torch.device("cuda")
+    one = 10**9 // ev.rows_that_fit(model, positions)
+    seen = types.SimpleNamespace(device=cuda, dtype=model.dtype,
+                                 config=model.config)
+    monkeypatch.setattr(ev, "row_bytes", lambda *_: one, raising=False)
+    for name, gigabytes in (("reserved", 7), ("allocated", 1)):
+        monkeypatch.setattr(torch.cuda, f"memory_{name}",
+                            lambda _, n=gigabytes: n * 10**9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info",
+                        lambda _: (10**9, 16 * 10**9))
+    assert ev.rows_that_fit(seen, positions) == 7 * 10**9 // 2 // one
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_an_error(unsure, broken):
+    "Their largest would be token 0, and the accuracy 0 %."
+    model, tokenizer = unsure
+    kept = model.model.norm.weight.detach().clone()
+    with torch.no_grad(): model.model.norm.weight[3] = broken
+    problems = load_problems("arithmetic", split="validation", n=3)
+    try:
+        with pytest.raises(FloatingPointError, match="3 of 3 .* float64 .*cpu"):
+            ev.evaluate(model, tokenizer, problems, max_new_tokens=2)
+    finally:
+        with torch.no_grad(): model.model.norm.weight.copy_(kept)
+
+
+def scripted(monkeypatch, tokenizer, text, stop):
+    "Whatever the model thinks, every answer is `text`, and then the end."
+    ids, step = [*encode_text(text, tokenizer), stop], [-1]
+    def choose(scores):
+        step[0] += 1
+        return torch.full_like(scores[:, 0], ids[step[0]], dtype=torch.long)
+    monkeypatch.setattr(ev, "chooser", lambda *_: choose)
+    return ids
+
+
+@pytest.mark.parametrize("style, heading", [
+    ("question", "### Question:"), ("instruction", "### Instruction:")])
+@pytest.mark.parametrize("answer", [
+    "2+3=5 apples.\n#### 5", "So it is \\boxed{5}", "The answer is 5."])
+def test_the_next_question_ends_an_answer(student, monkeypatch, style, heading,
+                                          answer):
+    "As a base goes on: with a question of its own, and a wrong number."
+    model, tokenizer = student
+    said = f"{answer}\n\n{heading}\nAnd 7?\n\n### Answer:\n#### 7"
+    ids = scripted(monkeypatch, tokenizer, said, 2)
+    problem = dict(question="2 + 3?", answer="#### 5")
+    report = ev.evaluate(model, tokenizer, [problem], style, batch_size=1)
+    record, = report.records
+    assert record["completion"].strip() == answer
+    assert record["finished"] and record["correct"]
+    assert record["tokens"] < len(ids) - 8
+    assert record["value"] == ev.record_of(problem, said, style)["value"]
+
+
+def test_a_heading_ends_nothing_where_it_is_not_the_next(student, monkeypatch):
+    "Not at the very start, not in another style, not without being asked."
+    model, tokenizer = student
+    for said in ("### Question:\n7", "5\n### Instruction:\n7"):
+        for style in ("question", "think"):
+            scripted(monkeypatch, tokenizer, said, 2)
+            text = ev.generate(model, tokenizer, ["2 + 3?"], 64, 1,
+                               ends=ev.headings(style))
+            assert text == [said]
+    scripted(monkeypatch, tokenizer, "5\n### Question:\n7", 2)
+    assert "Question" in ev.generate(model, tokenizer, ["2 + 3?"], 64, 1)[0]
+
+
+def test_a_report_says_how_many_answers_were_cut_off(student):
+    problems = load_problems("arithmetic", split="validation", n=12)
+    report = ev.evaluate(*student, problems, "question", max_new_tokens=60)
+    cut = [r for r in report.records if not r["finished"]]
+    assert 0 < len(cut) < 12 and all(r["tokens"] == 60 for r in cut)
+    assert report.summary()["cut_off"] == len(cut) / 12
+    assert ev.Report([]).cut_off is None
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_one_changed_value_makes_another_model(tmp_path, four_bit):
+    "Its answers are not kept; those of the same weights are."
+    base, tokenizer = load_base("student", four_bit=four_bit, device="cpu")
+    problems = load_problems("arithmetic", split="validation", n=2)
+    path, kept = tmp_path / "records.jsonl", []
+    def again():
+        ev.evaluate(base, tokenizer, problems, max_new_tokens=2, records=path,
+                    resume=True)
+        kept.append({r["model_hash"] for r in ev.read_records(path)})
+    again(); again()
+    layer = base.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        if four_bit: layer.quant_state.absmax[7] += 1
+        else: layer[5, 7] += 1e-3
+    again()
+    assert kept[0] == kept[1] and not kept[0] & kept[2]
 
 
 CHILD = """

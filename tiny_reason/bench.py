@@ -25,7 +25,7 @@ import torch, yaml
 from .data import (GROUPS, LAYOUTS, STYLES, encode_text,
                               load_problems, to_messages)
 from .eval import (Batch, chooser, evaluate, mcnemar, perplexity,
-                              prompt_for, wilson, write_whole)
+                              prompt_for, weights_hash, wilson, write_whole)
 from .files import PRESETS, RWKV, check_vocabulary
 from .model import (cache_bytes, load_base, load_tuned, merge,
                                peak_bytes)
@@ -206,18 +206,12 @@ def digest(value)->str: # 16 hex digits
 
 def model_identity(model, tokenizer, style:str)->dict:
     "What an answer depends on, but for the question."
-    weights = hashlib.sha256()
-    for name, t in sorted(model.state_dict().items()):
-        weights.update(name.encode())
-        if isinstance(t, torch.Tensor):
-            flat = t.detach().cpu().contiguous().reshape(-1)
-            weights.update(flat.view(torch.uint8).numpy())
     shape = {k: v for k, v in model.config.to_dict().items()
              if k not in ("_name_or_path", "architectures",
                           "transformers_version")}
     words = (tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast
              else sorted(tokenizer.get_vocab().items()))
-    return dict(weights=weights.hexdigest()[:16], configuration=digest(shape),
+    return dict(weights=weights_hash(model), configuration=digest(shape),
                 tokenizer=digest([words, tokenizer.chat_template]),
                 style=style, precision=f"{model.dtype} on {model.device}")
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'KINDS', 'wilson', 'mcnemar', 'questions_needed', 'RoomyLayer', 'left_join', 'pad_left', 'Batch', 'Answers',
-           'decode_batch', 'chooser', 'end_ids', 'text_of', 'rows_that_fit', 'vllm_ids', 'generate_ids', 'generate',
-           'share', 'Report', 'record_of', 'read_records', 'prompt_for', 'write_whole', 'hashes_of', 'Journal',
-           'evaluate', 'answer_all', 'compare', 'to_markdown', 'plot_runs', 'kind_of', 'taxonomy', 'show_examples',
-           'self_consistency', 'majority', 'perplexity']
+           'sure', 'decode_batch', 'chooser', 'end_ids', 'text_of', 'cutter', 'row_bytes', 'rows_that_fit', 'vllm_ids',
+           'generate_ids', 'generate', 'share', 'Report', 'record_of', 'read_records', 'prompt_for', 'write_whole',
+           'headings', 'weights_hash', 'hashes_of', 'Journal', 'evaluate', 'answer_all', 'compare', 'to_markdown',
+           'plot_runs', 'kind_of', 'taxonomy', 'show_examples', 'self_consistency', 'majority', 'perplexity']
 
 # %% ../nbs/03_eval.ipynb #b1cf2444
 import hashlib, json, re, time
@@ -155,9 +155,10 @@ class Batch:
 # %% ../nbs/03_eval.ipynb #6542d535
 class Answers:
     "The tokens of each prompt so far, and which are complete."
-    def __init__(self, n:int, stops:list[int], limit:int, done=None):
+    def __init__(self, n:int, stops:list[int], limit:int, done=None, cut=None):
         self.ids, self.born = [[] for _ in range(n)], [0.0] * n
         self.stops, self.limit, self.done = set(stops), limit, done
+        self.cut = cut
 
     def over(self, row:int)->bool:
         ids = self.ids[row]
@@ -167,17 +168,32 @@ class Answers:
         for row, token in zip(rows, tokens):
             if self.over(row): continue
             self.ids[row].append(token)
+            if self.cut: self.ids[row] = self.cut(self.ids[row])
             if self.done and self.over(row):
                 seconds = time.perf_counter() - self.born[row]
                 self.done(row, self.ids[row], seconds)
+
+def sure(model, choose): # a function like `choose`
+    "Choose, unless a score is NaN or infinite: FloatingPointError."
+    def pick(scores):
+        bad = int((~scores.amax(-1).isfinite()).sum())
+        if not bad: return choose(scores)
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise FloatingPointError(
+            f"the scores after {bad} of {len(scores)} prompts are NaN or "
+            f"infinite, in {dtype} on {model.device}. If it is float16, sums "
+            "overflow: load the model with dtype=torch.bfloat16 or "
+            "torch.float32. Else its weights are damaged.")
+    return pick
 
 def decode_batch(model, prompts:list[list[int]], stops:list[int],
                  max_new_tokens:int, choose, # scores (rows, words) -> ids
                  slots:int|None=None, # rows at once; None: all
                  done=None, # called with (number of prompt, ids, seconds)
+                 cut=None, # given the ids of a row, returns what stays
                  )->list[list[int]]: # new ids, the end token included
     "Decode prompts together; a finished row's slot goes to the next one."
-    answers = Answers(len(prompts), stops, max_new_tokens, done)
+    answers = Answers(len(prompts), stops, max_new_tokens, done, cut)
     waiting, rows, batch = list(range(len(prompts))), [], None
     slots = slots or len(prompts)
     while (waiting or rows) and max_new_tokens > 0:
@@ -187,7 +203,7 @@ def decode_batch(model, prompts:list[list[int]], stops:list[int],
             new, waiting = waiting[:room], waiting[room:]
             for row in new: answers.born[row] = time.perf_counter()
             fresh = [Batch(model, [prompts[i] for i in new], stops[0])]
-            answers.add(new, fresh[0].step(model, choose))
+            answers.add(new, fresh[0].step(model, sure(model, choose)))
         if not left: batch, rows = fresh and fresh[0], []
         elif fresh or 16 * len(left) <= 15 * len(rows):
             batch.take(left, fresh); rows = [rows[i] for i in left]
@@ -221,26 +237,52 @@ def text_of(ids:list[int], tokenizer, stops:list[int])->str:
     if ids and ids[-1] in stops: ids = ids[:-1]
     return tokenizer.decode(ids, skip_special_tokens=True)
 
+def cutter(tokenizer, ends:tuple[str, ...], stop:int):
+    "A function of ids: from where one of `ends` begins, a `stop` instead."
+    longest = max(map(len, ends))
+    # Only a token with the last letter of one of them can complete it.
+    last = {i for token, i in tokenizer.get_vocab().items()
+            if any(e[-1] in token for e in ends)}
+    def cut(ids):
+        if ids[-1] not in last: return ids
+        tail = ids[-longest:]
+        text = tokenizer.decode(tail)
+        at = min((text.find(e) for e in ends if e in text), default=None)
+        if at is None: return ids
+        kept = next(n for n in range(len(tail), -1, -1)
+                    if len(tokenizer.decode(tail[:n]).rstrip()) <= at)
+        return ids[:len(ids) - len(tail) + kept] + [stop]
+    return cut
+
+def row_bytes(model, positions:int)->int: # prompt + answer
+    "What decoding remembers of one row, as seen after one token and two."
+    def held(tokens):
+        batch = Batch(model, [[0] * tokens], 0)
+        batch.step(model, chooser())
+        return sum(layer.keys.nbytes + layer.values.nbytes
+                   for layer in batch.cache.layers)
+    with torch.inference_mode(): one, two = held(1), held(2)
+    return one + (two - one) * (positions - 1)
+
 def rows_that_fit(model, positions:int)->int: # positions: prompt + answer
     "How many answers can be decoded at once, 1 to 128."
-    c, device = model.config, model.device
-    width = getattr(c, "head_dim", None) or (c.hidden_size
-                                             // c.num_attention_heads)
-    heads = getattr(c, "num_key_value_heads", c.num_attention_heads)
-    each = (2 * c.num_hidden_layers * heads * width * positions
-            * model.dtype.itemsize)
-    free = (torch.cuda.mem_get_info(device)[0] // 2
-            if device.type == "cuda" else 10**9)
-    return max(1, min(128, free // each))
+    free = 10**9
+    if model.device.type == "cuda":
+        from tiny_reason.model import available_bytes # it is slow to import
+        free = available_bytes(model.device) // 2
+    return max(1, min(128, free // row_bytes(model, positions)))
 
 def vllm_ids(llm, rows:list, max_new_tokens:int, temperature:float,
-             seed:int, done=None)->list[list[int]]:
+             seed:int, done=None, ends:tuple=(), cut=None,
+             )->list[list[int]]:
     "The same by a `vllm.LLM`; its own defaults are set aside."
     from vllm import SamplingParams
     params = SamplingParams(temperature=temperature, seed=seed, top_p=1.0,
-                            repetition_penalty=1.0, max_tokens=max_new_tokens)
+                            repetition_penalty=1.0, max_tokens=max_new_tokens,
+                            stop=list(ends))
     out = llm.generate([dict(prompt_token_ids=r) for r in rows], params)
     ids = [list(o.outputs[0].token_ids) for o in out]
+    if cut: ids = [cut(i) for i in ids]
     for i, row in enumerate(ids):
         if done: done(i, row, 0.0)
     return ids
@@ -249,17 +291,21 @@ def generate_ids(model, tokenizer, prompts:list, # as in `generate`
                  max_new_tokens:int=512, batch_size:int|None=None,
                  progress:bool=False, temperature:float=0.0, seed:int=3407,
                  done=None, # called with (number, ids, seconds) as they end
+                 ends:tuple[str, ...]=(), # as in `generate`
                  )->list[list[int]]: # new ids; ends in an end id if finished
     "What `generate` decodes, as token ids."
     rows = [encode_text(p, tokenizer) if isinstance(p, str) else list(p)
             for p in prompts]
     if not all(rows): raise ValueError("a prompt is empty")
+    stops = end_ids(model, tokenizer)
+    cut = cutter(tokenizer, ends, stops[0]) if ends else None
     if type(model).__module__.startswith("vllm"):
-        return vllm_ids(model, rows, max_new_tokens, temperature, seed, done)
+        return vllm_ids(model, rows, max_new_tokens, temperature, seed, done,
+                        ends, cut)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     longest = max(map(len, rows), default=0) + max_new_tokens
     slots, new = batch_size or rows_that_fit(model, longest), [[]] * len(rows)
-    stops, was_training = end_ids(model, tokenizer), model.training
+    was_training = model.training
     bar = tqdm(total=len(rows), unit="problem", disable=not progress)
     def end(i, ids, seconds):
         bar.update()
@@ -269,7 +315,7 @@ def generate_ids(model, tokenizer, prompts:list, # as in `generate`
     try:
         with torch.inference_mode(), bar:
             ids = decode_batch(model, [rows[i] for i in order], stops,
-                               max_new_tokens, choose, slots, end)
+                               max_new_tokens, choose, slots, end, cut)
     finally: model.train(was_training)
     for i, row in zip(order, ids): new[i] = row
     return new
@@ -281,6 +327,7 @@ def generate(model, tokenizer, # any causal language model of transformers
              progress:bool=False, # show a bar
              temperature:float=0.0, # 0: greedy, whatever the model prefers
              seed:int=3407, # for sampling
+             ends:tuple[str, ...]=(), # texts that end an answer, as `headings`
              )->list[str]: # completions, in the order of the prompts
     """Decode completions together, without their end token.
 
@@ -289,7 +336,7 @@ def generate(model, tokenizer, # any causal language model of transformers
     `batch_size`; in 16 bit a few may. Restores `model.training`. A `vllm.LLM`
     may stand for the model."""
     new = generate_ids(model, tokenizer, prompts, max_new_tokens, batch_size,
-                       progress, temperature, seed)
+                       progress, temperature, seed, ends=ends)
     stops = end_ids(model, tokenizer)
     return [text_of(ids, tokenizer, stops) for ids in new]
 
@@ -313,6 +360,8 @@ class Report:
         self.format_rate = share(r["formatted"] for r in records)
         self.accuracy_given_format = share(r["correct"] for r in graded
                                            if r["formatted"])
+        self.cut_off = share(not r["finished"] for r in records
+                             if r.get("finished") is not None)
         tokens, self.seconds = sum(r["tokens"] for r in records), seconds
         self.tokens_per_second = tokens / seconds if seconds else 0.0
 
@@ -385,16 +434,28 @@ def write_whole(path:str|Path, lines:list[str])->Path: # written
     part.write_text("".join(lines), encoding="utf-8")
     return part.replace(path)
 
+def headings(style:str)->tuple[str, ...]: # none under "think"
+    "Where, in plain text, an answer is over and the next question begins."
+    layout = LAYOUTS.get(style)
+    return ("\n" + layout.partition("{}")[0].strip(),) if layout else ()
+
+def weights_hash(model)->str: # 16 hex digits
+    "A hash of the name and of every byte of all weights, quantised or not."
+    seen = hashlib.sha256()
+    state = model.state_dict() if hasattr(model, "state_dict") else {}
+    for name, t in sorted(state.items()):
+        seen.update(name.encode())
+        if isinstance(t, torch.Tensor):
+            flat = t.detach().cpu().contiguous().reshape(-1)
+            seen.update(flat.view(torch.uint8).numpy())
+    return seen.hexdigest()[:16]
+
 def hashes_of(model, prompts:list, max_new_tokens:int)->list[dict]:
     "What an answer depends on: its prompt and limit, and the weights."
-    weights = hashlib.sha256()
-    for p in model.parameters() if hasattr(model, "parameters") else ():
-        flat = p.detach().flatten() # some values of each tensor will do
-        some = flat[::max(1, len(flat) // 16)].float().tolist()
-        weights.update(repr(some).encode())
+    weights = weights_hash(model)
     return [dict(prompt_hash=hashlib.sha256(repr((
         list(p), max_new_tokens)).encode()).hexdigest()[:16],
-        model_hash=weights.hexdigest()[:16]) for p in prompts]
+        model_hash=weights) for p in prompts]
 
 class Journal:
     "Records as they come: in a file, and as a line for the progress bar."
@@ -437,18 +498,19 @@ def evaluate(model, tokenizer,
     for p in problems: gold_number(p.get("answer") or 0)
     prompts = [prompt_for(p["question"], tokenizer, style, prime, shots)
                for p in problems]
-    hashes = hashes_of(model, prompts, max_new_tokens)
+    hashes = (hashes_of(model, prompts, max_new_tokens) if records
+              else [{}] * len(prompts))
     journal = Journal(hashes, records, resume)
     def note(i, text, **more): return journal.add(i, record_of(
         problems[i], text, style, fallback, **hashes[i], **more))
     seconds = answer_all(model, tokenizer, prompts, journal, note,
-                         max_new_tokens, batch_size, progress)
+                         max_new_tokens, batch_size, progress, headings(style))
     report = Report(journal.records, seconds)
     if records: report.to_jsonl(records)
     return report
 
 def answer_all(model, tokenizer, prompts:list, journal:Journal, note,
-               max_new_tokens:int, batch_size, progress:bool,
+               max_new_tokens:int, batch_size, progress:bool, ends:tuple,
                )->float: # seconds; 0 if some answers were there already
     "Note the answers kept from before, then decode the others."
     for i, r in journal.kept.items():
@@ -461,7 +523,7 @@ def answer_all(model, tokenizer, prompts:list, journal:Journal, note,
                     tokens=len(ids), finished=bool(ids) and ids[-1] in stops,
                     seconds=round(seconds, 3))
     generate_ids(model, tokenizer, [prompts[i] for i in todo], max_new_tokens,
-                 batch_size, progress, done=done)
+                 batch_size, progress, done=done, ends=ends)
     return 0.0 if journal.kept else time.perf_counter() - start
 
 # %% ../nbs/03_eval.ipynb #47f1aeda
