@@ -19,8 +19,11 @@ setup(
     license={'apache2': 'Apache-2.0', 'mit': 'MIT'}[cfg['license']],
     keywords=cfg['keywords'],
     url=cfg['git_url'],
-    packages=[lib],
-    package_data={lib: ['*.yaml', 'configs/*.yaml', 'student/*']},
+    # The lessons quote the benchmarks' tables, also where there is no clone.
+    packages=[lib, f'{lib}.benchmarks'],
+    package_dir={f'{lib}.benchmarks': 'benchmarks'},
+    package_data={lib: ['*.yaml', 'configs/*.yaml', 'student/*'],
+                  f'{lib}.benchmarks': ['*.json', '*.md']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(),

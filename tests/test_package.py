@@ -16,7 +16,7 @@ assert tiny_reason.__file__.startswith(sys.argv[1]), tiny_reason.__file__
 from tiny_reason import files # a folder is checked without what trains it
 assert not {"peft", "bitsandbytes", "trl"} & {*sys.modules}
 from tiny_reason import cli, data, demo, distill, eval, model, pretrain, train
-from tiny_reason import rwkv, transformer
+from tiny_reason import record, rwkv, transformer
 try: distill.endpoint_teacher("http://127.0.0.1:9/v1", "nobody")
 except ImportError as e: assert "tiny_reason[teacher]" in str(e)
 else: raise AssertionError("an extra was not missed")
@@ -24,6 +24,7 @@ base, tokenizer = model.load_base("student", device="cpu")
 rows, held, report = data.prepare("arithmetic", 40, tokenizer=tokenizer)
 args = train.sft_config(sys.argv[2], device="cpu", max_steps=2, eval_steps=1,
                         save_steps=1)
+assert record.committed("ladder.json").startswith("{") # no clone is near
 run = train.train(model.add_lora(base), tokenizer, rows, held, args)
 assert run.steps == 2 and run.best_checkpoint
 """
@@ -67,7 +68,8 @@ def test_wheel_holds_configs_and_student(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for needed in ("stories.yaml", "configs/student.yaml",
                    "configs/qwen2.5-1.5b.yaml", "configs/distill.yaml",
-                   "configs/pretrain.yaml",
+                   "configs/pretrain.yaml", "benchmarks/ladder.json",
+                   "benchmarks/knobs.md",
                    "student/model.safetensors",
                    "student/tokenizer.json", "student/chat_template.jinja"):
         assert f"tiny_reason/{needed}" in names

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TRAINING_KEYS', 'PACKAGES', 'file_hash', 'flush', 'seal', 'is_whole', 'checkpoints', 'last_checkpoint', 'discard',
-           'disk_full', 'configuration', 'revision', 'device_name', 'rows_hash', 'run_card', 'save_run']
+           'disk_full', 'configuration', 'revision', 'device_name', 'rows_hash', 'run_card', 'save_run', 'committed']
 
 # %% ../nbs/02_record.ipynb #1e05e34c
-import errno, hashlib, json, os, platform, shutil, subprocess, sys, tempfile
+import errno, hashlib, importlib.resources, json, os, platform, shutil
+import subprocess, sys, tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -171,3 +172,12 @@ def save_run(run, # of `train`
         for path in staged.iterdir(): path.replace(folder / path.name)
     flush(folder)
     return folder
+
+# %% ../nbs/02_record.ipynb #2e89c51f
+def committed(name:str, # of a file in benchmarks/
+              )->str: # its text
+    "What a benchmark wrote; `FileNotFoundError` if none wrote `name`."
+    package = Path(str(importlib.resources.files("tiny_reason")))
+    inside = package / "benchmarks" / name # where it was installed
+    beside = package.parent / "benchmarks" / name # in a clone
+    return (inside if inside.is_file() else beside).read_text(encoding="utf-8")
