@@ -7,6 +7,7 @@ parser = ConfigParser(delimiters=['='])
 parser.read('settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 lib = cfg['lib_path']
+lessons = cfg['lessons_requirements'].split()
 
 setup(
     name=cfg['lib_name'],
@@ -26,7 +27,8 @@ setup(
                   f'{lib}.benchmarks': ['*.json', '*.md']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(),
+    extras_require={'lessons': lessons,
+                    'dev': lessons + cfg['dev_requirements'].split(),
                     'teacher': cfg['teacher_requirements'].split()},
     entry_points={'nbdev': [f'{lib}={lib}._modidx:d'],
                   'console_scripts': cfg.get('console_scripts', '').split()},
