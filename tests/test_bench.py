@@ -1,10 +1,12 @@
 "The bench: killed runs, files in every state, models of every kind."
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,23 @@ def test_every_part_of_the_identity_counts(models, tokenizer, tmp_path):
         exec(f"def t(model, tokenizer): return {{'x': {body}}}", space)
         return b.task_identity(space["t"])
     assert same_name("1") == same_name("1") != same_name("2")
+
+
+def test_a_changed_grader_is_another_task(tmp_path, monkeypatch):
+    "Whatever a task calls of this package is part of what it is."
+    package = shutil.copytree(files("tiny_reason"), tmp_path / "package")
+    monkeypatch.setattr(b, "files", lambda name: package, raising=False)
+    told, own = (b.task_identity(t) for t in (b.TASKS["taught"], layers))
+    for name, was, now in (("grading.py", "value == want", "value != want"),
+                           ("data.py", "Final Answer:", "Answer:"),
+                           ("stories.yaml", "buys", "gets")):
+        text = (package / name).read_text()
+        assert was in text
+        (package / name).write_text(text.replace(was, now))
+        assert b.task_identity(b.TASKS["taught"]) != told
+        assert b.task_identity(layers) != own # which may call anything
+        (package / name).write_text(text)
+    assert b.task_identity(b.TASKS["taught"]) == told
 
 
 def test_only_what_changed_is_run_again(models, tmp_path):

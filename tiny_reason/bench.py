@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['CONTEXTS', 'TASKS', 'OFFERED', 'KIND', 'LOOKS', 'check_context', 'accuracy', 'held_out', 'bytes_remembered',
            'crossing', 'contexts_of', 'some_text', 'memory', 'speed', 'machine', 'named_tasks', 'plain_row', 'digest',
-           'model_identity', 'code_of', 'contents', 'task_identity', 'is_timed', 'cell_path', 'open_folder',
-           'kept_cell', 'sentence', 'attempt', 'middle', 'run_in_turn', 'holm', 'paired_tests', 'figures',
-           'table_lines', 'figure_text', 'p_text', 'as_table', 'title_of', 'draw_panel', 'draw', 'BenchReport',
-           'label_of', 'to_markdown', 'check_models', 'still_true', 'bench', 'run_cells', 'load_any_model',
-           'load_models']
+           'model_identity', 'code_of', 'contents', 'package_code', 'task_identity', 'is_timed', 'cell_path',
+           'open_folder', 'kept_cell', 'sentence', 'attempt', 'middle', 'run_in_turn', 'holm', 'paired_tests',
+           'figures', 'table_lines', 'figure_text', 'p_text', 'as_table', 'title_of', 'draw_panel', 'draw',
+           'BenchReport', 'label_of', 'to_markdown', 'check_models', 'still_true', 'bench', 'run_cells',
+           'load_any_model', 'load_models']
 
 # %% ../nbs/09_bench.ipynb #832d1115
 import difflib, hashlib, json, platform, random, re, sys, time
 from functools import partial
+from importlib.resources import files
 from inspect import Parameter, signature, unwrap
 from itertools import combinations
 from math import isfinite, log2
@@ -231,8 +232,14 @@ def contents(value): # of a setting: a file or folder counts with its bytes
     return [str(value)] + [hashlib.sha256(Path(f).read_bytes()).hexdigest()
                            for f in sorted(files)]
 
+def package_code()->str: # of all that a task may call here
+    "A hash of this package's sources: grader, prompts, decoder, stories."
+    package = Path(str(files("tiny_reason")))
+    return digest([path.read_text(encoding="utf-8") for path in sorted(
+        [*package.rglob("*.py"), package / "stories.yaml"])])
+
 def task_identity(task)->dict:
-    "The code of a task, its settings, and the machine if it is timed."
+    "What a task does, its settings, and the machine if it is timed."
     bound = getattr(task, "keywords", {})
     inner = getattr(task, "func", task)
     settings = {k: p.default for k, p in signature(inner).parameters.items()
@@ -241,7 +248,7 @@ def task_identity(task)->dict:
                 if k not in OFFERED or k in bound}
     code = getattr(unwrap(inner), "__code__", None)
     found = dict(code=digest(code_of(code) if code else repr(inner)),
-                 settings=digest(settings))
+                 settings=digest(settings), package=package_code())
     if is_timed(task): found["machine"] = machine()
     return found
 
