@@ -1,6 +1,7 @@
 "Execute notebooks with their progress in the terminal: `make run`, `make notebooks`."
 import copy
 import json
+import os
 import re
 import shutil
 import sys
@@ -34,6 +35,7 @@ def heading(nb, index):
 
 def execute(path):
     "Run a notebook in a fresh kernel; its progress bars are not kept."
+    if not sys.stderr.isatty(): os.environ["TQDM_MININTERVAL"] = "5"
     nb = nbformat.read(path, as_version=4)
     seen = []
 

@@ -20,12 +20,12 @@ from typing import Callable, NamedTuple
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from .data import SYSTEM_PROMPT, THINK, build_prompt
 from .eval import end_ids, generate_ids, hashes_of, text_of
 from .grading import (NEXT, check_steps, extract_answer,
                                  gold_number, is_correct, parse_number)
+from .record import progress_bar
 
 # %% ../nbs/05_distill.ipynb #82ed9f9d
 ANSWER = re.compile(r"</think>|####|\*\*Final Answer:\*\*")
@@ -218,8 +218,8 @@ def generate_traces(teacher:Teacher,
                                    float(temperature), max_new_tokens, seed)))
     with trace_file(out, settings) as (held, write):
         jobs = [(q, s) for s in range(k) for q in known if (q, s) not in held]
-        bar = tqdm(total=k * len(known), initial=k * len(known) - len(jobs),
-                   unit="trace", disable=not progress)
+        bar = progress_bar(k * len(known), unit="trace", disable=not progress,
+                           initial=k * len(known) - len(jobs))
         def done(i, *answer):
             write(trace_of(known[jobs[i][0]], jobs[i][1], *answer, settings))
             bar.update()

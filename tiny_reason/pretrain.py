@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import (Regex, Tokenizer, decoders, models, normalizers,
                         pre_tokenizers, trainers)
-from tqdm import tqdm
 from transformers import (GenerationConfig, PreTrainedTokenizerFast,
                           Qwen2Config, Qwen2ForCausalLM)
 
@@ -34,7 +33,7 @@ from .data import (LAYOUTS, OPERATORS, STORIES, SYSTEM_PROMPT,
                               draw_problem, parse_answer, strip_calculator)
 from .model import compute_dtype
 from .record import (checkpoints, discard, disk_full, flush,
-                                last_checkpoint, seal)
+                                last_checkpoint, progress_bar, seal)
 from .train import Stopped, stop_on_signal
 from .transformer import Transformer
 
@@ -406,8 +405,8 @@ def train_on(model, forward, data, optimizers, run:dict, log:list, plan:Plan,
     "The steps that are left; `log` grows, and `out` gets a checkpoint."
     done, before = (log[-1]["step"], log[-1]["seconds"]) if log else (0, 0)
     start, asked = time.time() - before, SimpleNamespace(asked=0)
-    with stop_on_signal(asked), tqdm(total=plan.steps, initial=done,
-                                     desc="pre-training", unit="step") as bar:
+    with stop_on_signal(asked), progress_bar(
+            plan.steps, initial=done, desc="pre-training", unit="step") as bar:
         for step, loss in take_steps(model, forward, data, optimizers, plan,
                                      done, out):
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINING_KEYS', 'PACKAGES', 'file_hash', 'flush', 'seal', 'is_whole', 'checkpoints', 'last_checkpoint', 'discard',
-           'disk_full', 'configuration', 'revision', 'device_name', 'rows_hash', 'run_card', 'save_run', 'committed']
+           'disk_full', 'progress_bar', 'configuration', 'revision', 'device_name', 'rows_hash', 'run_card', 'save_run',
+           'committed']
 
 # %% ../nbs/02_record.ipynb #1e05e34c
 import errno, hashlib, importlib.resources, json, os, platform, shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from tqdm import tqdm
 
 from . import __version__
 
@@ -75,6 +77,13 @@ def disk_full(folder, needed:int)->OSError:
            if kept else "No checkpoint had been written yet."))
     error.errno = errno.ENOSPC
     return error
+
+# %% ../nbs/02_record.ipynb #3f69136e
+def progress_bar(total:int, **how)->tqdm: # how: as for tqdm
+    "A bar on stderr; into a file or pipe, a line every five seconds at most."
+    drawn = sys.stderr.isatty() or "ipykernel" in type(sys.stderr).__module__
+    lines = dict(mininterval=5, bar_format="{l_bar}{r_bar}\n")
+    return tqdm(total=total, **({} if drawn else lines) | how)
 
 # %% ../nbs/02_record.ipynb #4a530f37
 TRAINING_KEYS = (
