@@ -53,8 +53,15 @@ def rwkv_folder(tokenizer, tmp_path_factory):
     return folder
 
 
-def pytest_collection_modifyitems(items):
+def pytest_configure(config):
+    config.addinivalue_line("markers", "many: more processes than a laptop "
+                            "likes; run by `pytest -m many tests`")
+
+
+def pytest_collection_modifyitems(config, items):
     "The slowest files first: two workers then end at about the same time."
-    slow = ["test_train", "test_browser", "test_cli", "test_model"]
+    if "many" not in config.option.markexpr:
+        items[:] = [i for i in items if not i.get_closest_marker("many")]
+    slow = ["test_train", "test_browser", "test_cli", "test_many", "test_model"]
     items.sort(key=lambda i: slow.index(i.path.stem)
                if i.path.stem in slow else len(slow))

@@ -241,9 +241,9 @@ def run_train(settings)->None:
     except KeyboardInterrupt as e:
         e.args = (how_to_go_on(settings),)
         raise
+    folder = save_run(run, tuned, tokenizer, rows[0], args,
+                      adapter_folder(settings), sections, data=rows[2])
     if args.should_save:
-        folder = save_run(run, tuned, tokenizer, rows[0], args,
-                          adapter_folder(settings), sections, data=rows[2])
         print(result_line(run), f"saved: {folder}", "next: tiny_reason "
               f"evaluate --config {shlex.quote(str(card))}", sep="\n")
 
@@ -330,23 +330,25 @@ def asked_of(settings): # -> {name: (model, style)}, tokenizer
 def run_evaluate(settings)->None:
     "Grade the base, under two prompts, and the tuned model if there is one."
     from tiny_reason.distill import predictions
-    from tiny_reason.eval import evaluate, write_whole
+    from tiny_reason.eval import write_whole
     if settings.compare: return print(compared(settings.compare))
-    d = settings.data
+    from tiny_reason.many import evaluate_many, processes
+    d, main = settings.data, processes(chosen_device(settings)).is_main_process
     d.test_samples = min(d.test_samples, settings.limit or d.test_samples)
     problems = test_problems(settings)
     asked, tokenizer = asked_of(settings)
     reports, folder = {}, Path(settings.project.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for name, (model, style) in asked.items():
-        print(f"{name}: {len(problems)} problems", file=sys.stderr)
+        if main: print(f"{name}: {len(problems)} problems", file=sys.stderr)
         path = folder / f"{name.replace(', ', '-')}.jsonl"
-        try: reports[name] = evaluate(
-            model, tokenizer, problems, style, progress=True, records=path,
-            max_new_tokens=settings.max_new_tokens, resume=settings.resume)
+        try: reports[name] = evaluate_many(
+            model, tokenizer, problems, style, path, settings.resume, True,
+            max_new_tokens=settings.max_new_tokens)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{path} holds what is done. To go on: "
                                     "the same command with --resume") from None
+    if not main: return
     write_summary(reports, folder)
     if all(r.n for r in reports.values()): print(table(reports))
     else: print("no gold answers for all problems: not graded")
@@ -372,20 +374,24 @@ def teacher_of(settings): # -> distill.Teacher
 def run_distill(settings)->None:
     "Ask a teacher for traces, and keep the sound ones for training."
     from tiny_reason.data import load_problems
-    from tiny_reason.distill import filter_traces, generate_traces, read_traces
+    from tiny_reason.distill import filter_traces, read_traces
     from tiny_reason.eval import write_whole
+    from tiny_reason.many import processes, traces_many
     for flag in ("teacher_model", "input_file", "output_file"):
         if not getattr(settings, flag):
             raise UsageError(f"distill needs --{flag} (see distill --help)")
     out, seed = Path(settings.output_file), settings.project.seed
+    main = processes(chosen_device(settings)).is_main_process
     problems = load_problems(settings.input_file, settings.data.subset,
                              "train", settings.limit, seed)
-    try: report = generate_traces(
-        teacher_of(settings), problems, settings.k, out, settings.temperature,
-        settings.max_new_tokens, seed, progress=True)
+    try: report = traces_many(
+        teacher_of(settings), problems, settings.k, out, True, seed=seed,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{out} holds what was answered. To go on: "
                                 "the same command again") from None
+    if not main: return
     kept, filtered = filter_traces(read_traces(out), settings.keep)
     chosen = write_whole(out.with_name(f"{out.stem}.kept.jsonl"),
                          [json.dumps(t) + "\n" for t in kept])

@@ -7,12 +7,12 @@ __all__ = ['CARDS', 'torchao_is_known', 'nf4_codebook', 'quantize_nf4', 'dequant
            'projections', 'projection_names', 'in_out', 'weight_bytes', 'state_bytes', 'adapter_bytes',
            'activation_parts', 'loss_bytes', 'work_bytes', 'memory_budget', 'cache_bytes', 'largest_batch',
            'compute_dtype', 'available_bytes', 'shortage', 'check_room', 'shared_key_attention', 'attention_for',
-           'load_weights', 'load_unsloth', 'load_base', 'quiet_saving', 'check_scale', 'add_lora', 'loaded_bytes',
-           'saved_bytes', 'peak_bytes', 'full_weight', 'merge', 'check_adapter', 'load_tuned']
+           'shards', 'load_weights', 'load_unsloth', 'load_base', 'quiet_saving', 'check_scale', 'add_lora',
+           'loaded_bytes', 'saved_bytes', 'peak_bytes', 'full_weight', 'merge', 'check_adapter', 'load_tuned']
 
 # %% ../nbs/01_model.ipynb #887b47aa
 import bisect, copy, errno, functools, importlib.util
-import logging, math, shutil, warnings
+import logging, math, os, shutil, warnings
 from pathlib import Path
 import torch
 from torch import nn
@@ -370,11 +370,16 @@ def attention_for(config, device:torch.device): # name of an implementation
     return "shared_key_attention" if old else "sdpa"
 
 # %% ../nbs/01_model.ipynb #a560f855
+def shards()->bool: # whether `accelerate launch` asked for FSDP
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
 def load_weights(source, config, revision, four_bit, device, dtype):
     "The model by transformers and bitsandbytes; every tensor must be there."
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        # FSDP cuts numbers of one kind into shards: codes go under theirs
+        bnb_4bit_quant_storage=dtype if shards() else torch.uint8)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, quantization_config=nf4 if four_bit else None,
@@ -426,6 +431,7 @@ def load_base(name:str="student", # preset, folder, or owner/name on the hub
     device = torch.device(device or auto)
     dtype, local = dtype or compute_dtype(device), Path(source).is_dir()
     config = read_config(source, revision)
+    if shards() and not four_bit: device = torch.device("cpu") # then shards
     if local: check_files(source)
     check_room(config, source, four_bit, device, dtype)
     model = loaders[backend](source, config, revision, four_bit, device, dtype)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINING_KEYS', 'PACKAGES', 'file_hash', 'flush', 'seal', 'is_whole', 'checkpoints', 'last_checkpoint', 'discard',
-           'disk_full', 'progress_bar', 'configuration', 'revision', 'device_name', 'rows_hash', 'run_card', 'save_run',
-           'committed']
+           'disk_full', 'progress_bar', 'configuration', 'revision', 'device_name', 'rows_hash', 'whole', 'is_sharded',
+           'adapter_weights', 'run_card', 'save_run', 'committed']
 
 # %% ../nbs/02_record.ipynb #1e05e34c
 import errno, hashlib, importlib.resources, json, os, platform, shutil
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from . import __version__
@@ -132,6 +133,17 @@ def rows_hash(rows)->str: # sha256 of tokens and masks
     text = json.dumps([list(rows["input_ids"]), list(rows["completion_mask"])])
     return hashlib.sha256(text.encode()).hexdigest()
 
+def whole(value): # a tensor, or not; all processes have to ask
+    "Put together from its shards, if it lies in shards."
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+def is_sharded(model)->bool: # by FSDP2
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+def adapter_weights(model)->dict: # name -> whole tensor; all have to ask
+    return {name: whole(p.detach()) for name, p in model.named_parameters()
+            if p.requires_grad}
+
 def run_card(run, # of `train`
              lora, # a `peft.LoraConfig`
              train_set, args, # a `trl.SFTConfig`
@@ -163,16 +175,18 @@ def save_run(run, # of `train`
     """Save adapter, tokenizer, log and `experiment_config.yaml`.
 
     Everything is written elsewhere first and moved in when it is whole, so
-    that nobody loads half an adapter. With several processes, call it in the
-    main one."""
-    folder = Path(folder)
+    that nobody loads half an adapter. With several processes, call it in each:
+    the adapter may lie in shards. The main one writes."""
+    folder, weights = Path(folder), adapter_weights(model)
+    if not args.should_save: return folder
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as staging:
         staged = Path(staging)
-        model.save_pretrained(staged)
+        model.save_pretrained(staged, state_dict=weights)
         tokenizer.save_pretrained(staged)
         card = run_card(run, model.peft_config["default"], train_set, args,
-                        staged / "adapter_model.safetensors", config, **notes)
+                        staged / "adapter_model.safetensors", config,
+                        sharded=is_sharded(model), **notes)
         (staged / "experiment_config.yaml").write_text(
             yaml.safe_dump(card, sort_keys=False))
         (staged / "log.jsonl").write_text(

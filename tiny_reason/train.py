@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'LOGIT_CHANGES', 'CUTS', 'sft_config', 'row_order', 'ChunkedLoss', 'LossTrainer', 'CountingTrainer',
-           'SavingTrainer', 'Stopped', 'RecipeTrainer', 'stop_on_signal', 'Run', 'Watch', 'labelled', 'isolates',
-           'make_trainer', 'plot_run', 'in_notebook', 'LiveCurve', 'model_bytes', 'run_budget', 'smaller',
-           'checkpointing_if_needed', 'peak_memory', 'attempt', 'ready_trainer', 'train', 'outcome']
+           'SavingTrainer', 'spread', 'ShardingTrainer', 'Stopped', 'RecipeTrainer', 'stop_on_signal', 'Run', 'Watch',
+           'labelled', 'isolates', 'make_trainer', 'plot_run', 'in_notebook', 'LiveCurve', 'model_bytes', 'run_budget',
+           'smaller', 'checkpointing_if_needed', 'peak_memory', 'attempt', 'ready_trainer', 'train', 'outcome']
 
 # %% ../nbs/02_train.ipynb #8312227a
 import contextlib, copy, difflib, gc, json, math, os, random, resource, shutil
@@ -18,7 +18,11 @@ import torch
 # before Trainer and trl, which import bitsandbytes and let it talk
 from .model import (available_bytes, compute_dtype, loaded_bytes,
                                memory_budget)
+from accelerate.utils import (DistributedType, FullyShardedDataParallelPlugin,
+                              gather_object)
 from datasets import Dataset
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
@@ -26,9 +30,10 @@ from transformers import (PrinterCallback, Trainer, TrainerCallback,
                           set_seed)
 from trl import SFTConfig, SFTTrainer
 
-from .record import (checkpoints, discard, disk_full, file_hash,
-                                flush, is_whole, last_checkpoint, rows_hash,
-                                save_run, seal)
+from .record import (adapter_weights, checkpoints, discard,
+                                disk_full, file_hash, flush, is_whole,
+                                last_checkpoint, rows_hash, save_run, seal,
+                                whole)
 
 # %% ../nbs/02_train.ipynb #6a82bb3c
 def sft_config(output_dir:str="outputs/run", device=None, # default: best there
@@ -72,7 +77,7 @@ RECIPE = dict(
     metric_for_best_model="eval_loss", greater_is_better=False,
     completion_only_loss=True, max_length=None, logging_steps=10,
     gradient_checkpointing=False, logging_nan_inf_filter=False,
-    report_to="none", disable_tqdm=True)
+    report_to="none", disable_tqdm=True, ddp_find_unused_parameters=False)
 
 # %% ../nbs/02_train.ipynb #485ac8c7
 def row_order(lengths:list[int], # tokens of each row
@@ -191,17 +196,22 @@ class CountingTrainer(LossTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None,
                  metric_key_prefix="eval"):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        size, total, count = self.args.per_device_eval_batch_size, 0, 0
+        size, sums = self.args.per_device_eval_batch_size, 0
         order = sorted(rows, key=lambda row: len(row["input_ids"]))
-        training = self.model.training
+        batches = [order[i:i + size] for i in range(0, len(order), size)]
+        training, shared = self.model.training, self.accelerator.num_processes
         self.model.eval()
-        for i in range(0, len(order), size):
-            batch = self._prepare_inputs(self.data_collator(order[i:i + size]))
+        for i in range(0, len(batches), shared):
+            i += self.accelerator.process_index
+            # with FSDP every process has to go through the model as often
+            mine = batches[min(i, len(batches) - 1)]
+            batch = self._prepare_inputs(self.data_collator(mine))
             with self.accelerator.autocast():
                 loss, tokens = self.summed_loss(self.model, batch)
-            total, count = total + loss.double(), count + tokens
+            sums += torch.stack([loss.double(), tokens]) * (i < len(batches))
         self.model.train(training)
-        metrics = {f"{metric_key_prefix}_loss": (total / count).item()}
+        total, count = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / count}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics)
@@ -297,6 +307,91 @@ class SavingTrainer(CountingTrainer):
         state.best_model_checkpoint = (
             str(best) if state.best_global_step else None)
 
+# %% ../nbs/02_train.ipynb #298d2bc6
+def spread(value, like): # like: a parameter, in shards or not
+    "`value` in shards, if `like` lies in shards."
+    if not isinstance(like, DTensor): return value
+    return distribute_tensor(value, like.device_mesh, like.placements,
+                             src_data_rank=None) # all have read the same
+
+class ShardingTrainer(SavingTrainer):
+    "FSDP2, also on CPUs; checkpoints are those of one process."
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        state, optim = self.accelerator.state, str(self.args.optim)
+        if (os.environ.get("ACCELERATE_USE_FSDP") == "true"
+                and state.distributed_type == DistributedType.MULTI_CPU):
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
+        if not self.is_fsdp_enabled: return
+        if state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError("shards are read and written as FSDP2 has them: "
+                             "accelerate launch needs --fsdp_version 2")
+        if state.fsdp_plugin.activation_checkpointing:
+            raise ValueError("fsdp_activation_checkpointing renames what PEFT "
+                             "saves; --training.gradient_checkpointing true "
+                             "does the same work")
+        if "8bit" in optim.lower():
+            raise ValueError("bitsandbytes' 8-bit optimisers cannot update "
+                             "shards: add --training.optim adamw_torch")
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        sign = Path(self.args.output_dir, ".here")
+        if self.args.should_save:
+            sign.parent.mkdir(parents=True, exist_ok=True)
+            sign.touch()
+        self.accelerator.wait_for_everyone()
+        seen = gather_object([(resume_from_checkpoint, sign.is_file())])
+        sign.unlink(missing_ok=True)
+        if len({*seen}) > 1:
+            raise ValueError(f"the processes do not see the same {sign.parent}"
+                             ": it must be on a disk that all nodes share")
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        self._save(output_dir, adapter_weights(self.model))
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        saved = self.optimizer.state_dict()
+        saved["state"] = {i: {k: whole(v) for k, v in values.items()}
+                          for i, values in saved["state"].items()}
+        if not self.args.should_save: return
+        torch.save(saved, Path(output_dir, "optimizer.pt"))
+        torch.save(self.lr_scheduler.state_dict(),
+                   Path(output_dir, "scheduler.pt"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        saved, schedule = (torch.load(Path(checkpoint, f"{name}.pt"), "cpu",
+                                      weights_only=True)
+                           for name in ("optimizer", "scheduler"))
+        tensors = [p for g in self.optimizer.param_groups for p in g["params"]]
+        saved["state"] = {
+            i: {k: spread(v, tensors[i]) if v.shape == tensors[i].shape else v
+                for k, v in values.items()}
+            for i, values in saved["state"].items()}
+        self.optimizer.load_state_dict(saved)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def restore(self, checkpoint):
+        "Take up the adapters of a checkpoint."
+        saved = load_file(Path(checkpoint, "adapter_model.safetensors"))
+        for name, p in self.model.named_parameters():
+            if p.requires_grad: p.data.copy_(spread(
+                saved[name.replace(".default.", ".")], p))
+
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        if self.is_fsdp_enabled: self.restore(checkpoint)
+        else: super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_best_model(self):
+        if self.is_fsdp_enabled: self.restore(self.state.best_model_checkpoint)
+        else: super()._load_best_model()
+
 # %% ../nbs/02_train.ipynb #b18ddef3
 class Stopped(KeyboardInterrupt):
     "Ctrl-C or SIGTERM ended a run; its state is saved. `signal`: which."
@@ -304,7 +399,7 @@ class Stopped(KeyboardInterrupt):
         super().__init__(text)
         self.signal = number
 
-class RecipeTrainer(SavingTrainer):
+class RecipeTrainer(ShardingTrainer):
     "Drops updates that are not finite; ends after three, or on a signal."
     asked, stop, strikes, overflows = 0, False, 0, 0
 
@@ -312,7 +407,7 @@ class RecipeTrainer(SavingTrainer):
         "Add up a step over all processes; drop its update if it is bad."
         gradients = [p.grad for p in self.model.parameters()
                      if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item()
+        norm = whole(torch.nn.utils.get_total_norm(gradients)).item()
         share = self.step_loss.double() / self.accelerator.num_processes
         flag = torch.tensor([bool(self.asked)], device=share.device)
         sums = torch.cat([share[None], self.step_counts.double(), flag])
@@ -506,7 +601,8 @@ def make_trainer(model, tokenizer, train_set, validation_set,
         eval_dataset=labelled(validation_set, "validation", masked))
     trainer.remove_callback(PrinterCallback)
     trainer.data = dict(rows=rows_hash(train_set), seed=args.seed,
-                        sequences_a_step=batch, grouped=grouped)
+                        sequences_a_step=batch, grouped=grouped,
+                        optim=str(getattr(args.optim, "value", args.optim)))
     watch.trainer = trainer
     for parameter in model.parameters():
         if parameter.requires_grad: parameter.data = parameter.data.float()
