@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 # before Trainer and trl, which import bitsandbytes and let it talk
 from .model import (available_bytes, compute_dtype, loaded_bytes,
-                               memory_budget)
+                               memory_budget, shards)
 from accelerate.utils import (DistributedType, FullyShardedDataParallelPlugin,
                               gather_object)
 from datasets import Dataset
@@ -581,8 +581,8 @@ def make_trainer(model, tokenizer, train_set, validation_set,
     masked = args.completion_only_loss is not False
     rows = labelled(train_set, "train", masked)
     lengths = [len(ids) for ids in rows["input_ids"]]
-    if args.padding_free and "meta" not in {
-            p.device.type for p in model.parameters()} and not isolates(
+    # with FSDP not every process has the weights yet
+    if args.padding_free and not shards() and not isolates(
             model, rows[0]["input_ids"], rows[-1]["input_ids"]):
         print("rows are padded: in this model, sequences that share a row see "
               "each other", file=sys.stderr)
