@@ -1,12 +1,12 @@
 "The command line from outside: real processes, real signals, real pipes."
-import json, os, re, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time, weakref
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tiny_reason import cli, config, record
+from tiny_reason import cli, config, model, record
 from tiny_reason.data import make_problems
 
 COMMAND = [sys.executable, "-m", "tiny_reason.cli"]
@@ -230,8 +230,18 @@ def test_train_evaluate_chat(base, tmp_path, capsys, monkeypatch):
     card = folder / "config.yaml"
     assert yaml.safe_load(card.read_text())["training"]["max_steps"] == 4
 
+    merged, real = [], model.merge
+
+    def alone(*args): # a card of 6 GB has no room for two
+        assert not [ref for ref in merged if ref()]
+        made = real(*args)
+        merged.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(model, "merge", alone)
     assert cli.main(["evaluate", "--config", str(card), "--test_samples", "6",
                      "--max_new_tokens", "12"]) == 0
+    assert len(merged) == 2
     out = capsys.readouterr().out
     for word in ("familiar", "taught", "combined", "base, question",
                  "tuned, think", "95 % interval", "p against"):

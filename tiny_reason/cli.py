@@ -315,17 +315,20 @@ def write_summary(reports:dict, folder:Path)->None:
     (folder / "table.md").write_text(to_markdown(rows) + "\n")
     plot_runs(rows).savefig(folder / "accuracy.png", dpi=150)
 
-def asked_of(settings): # -> {name: (model, style)}, tokenizer
-    "The base under two prompts, and the tuned model if there is one."
+def asked_of(settings): # yields (name, model, style, tokenizer)
+    """The base under two prompts, and the tuned model if there is one.
+
+    One merged model is held at a time: take none along to the next."""
     from tiny_reason.model import merge
     style = settings.data.style
     model, tokenizer, tuned = load_any(settings, chosen_device(settings))
     with model.disable_adapter() if tuned else nullcontext():
-        base = merge(model)
-    asked = {f"base, {s}": (base, s) for s in dict.fromkeys(
-        [style, "question"])}
-    if tuned: asked[f"tuned, {style}"] = (merge(model), style)
-    return asked, tokenizer
+        asked = merge(model)
+    if not tuned: del model
+    for s in dict.fromkeys([style, "question"]):
+        yield f"base, {s}", asked, s, tokenizer
+    del asked
+    if tuned: yield f"tuned, {style}", merge(model), style, tokenizer
 
 def run_evaluate(settings)->None:
     "Grade the base, under two prompts, and the tuned model if there is one."
@@ -336,10 +339,9 @@ def run_evaluate(settings)->None:
     d, main = settings.data, processes(chosen_device(settings)).is_main_process
     d.test_samples = min(d.test_samples, settings.limit or d.test_samples)
     problems = test_problems(settings)
-    asked, tokenizer = asked_of(settings)
     reports, folder = {}, Path(settings.project.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (model, style) in asked.items():
+    for name, model, style, tokenizer in asked_of(settings):
         if main: print(f"{name}: {len(problems)} problems", file=sys.stderr)
         path = folder / f"{name.replace(', ', '-')}.jsonl"
         try: reports[name] = evaluate_many(
@@ -348,6 +350,7 @@ def run_evaluate(settings)->None:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{path} holds what is done. To go on: "
                                     "the same command with --resume") from None
+        del model # before the next is merged
     if not main: return
     write_summary(reports, folder)
     if all(r.n for r in reports.values()): print(table(reports))
