@@ -168,7 +168,7 @@ def says(body, status=200): return lambda h, q: h.answer(body, status)
 
 
 FAULTS = {
-    "slow": (lambda h, q: time.sleep(1.5), "no answer within 0.5 s"),
+    "slow": (lambda h, q: time.sleep(1.5), "no answer within"),
     "500": (says(b"", 500), "500 Internal Server Error"),
     "529": (says(b"", 529), "status 529"),
     "429": (says(b"", 429), "429 Too Many Requests"),
@@ -176,9 +176,9 @@ FAULTS = {
             "400 Bad Request"),
     "endless": (endless(200), f"a reply of over {LARGEST:,} bytes"),
     "endless error": (endless(400), "400 Bad Request"),
-    "drips": (endless(200, b" ", 0.05), "no answer within 0.5 s"),
+    "drips": (endless(200, b" ", 0.05), "no answer within"),
     "drips an error": (endless(400, b" ", 0.05), "400 Bad Request|no answer"),
-    "drips headers": (endless_headers, "no answer within 0.5 s"),
+    "drips headers": (endless_headers, "no answer within"),
     "drops the line": (drop, "no connection|broke"),
     "hangs up": (hang_up, "no connection"),
     "no HTTP": (lambda h, q: h.wfile.write(b"220 mail ready\r\n"),
@@ -196,15 +196,24 @@ FAULTS = {
      reply(None, reasoning_content=["a"]), b'{"error": {"message": "no"}}'))}
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    "The question `bad` is given half a second; the others have their time."
+    usual = distill.ask_one
+    def ask_one(client, request, timeout):
+        bad = request["messages"][-1]["content"] == "bad"
+        return usual(client, request, 0.5 if bad else timeout)
+    monkeypatch.setattr(distill, "ask_one", ask_one)
+
+
 @pytest.mark.parametrize("act, why", FAULTS.values(), ids=FAULTS)
 def test_a_fault_of_one_question_leaves_the_others(tmp_path, server, act, why,
-                                                   caplog):
+                                                   caplog, impatient):
     caplog.set_level(logging.DEBUG)
     out, good = tmp_path / "out.jsonl", server.act
     server.act = lambda h, q: (act if q == "bad" else good)(h, q)
     problems = ask_for("a", "bad", "b", "c")
-    how = dict(timeout=0.5) if "answer" in why or "drip" in why else {}
-    report = ask(server, out, problems, **how)
+    report = ask(server, out, problems)
     (said, n), = report["missing"].items()
     assert (pytest.approx(n), report["written"]) == (1, 3)
     assert any(part in said for part in why.split("|")), said
@@ -789,12 +798,11 @@ def test_varied_takes_the_odd_one_out():
     "2+2=4 ", "<think>", "</think>", "####", "#### 5 ", "<|im_end|>", "1,",
     "(", "=", "<<", "**Final Answer:** ", "\\boxed{", "Wait, no. ", "-", "\n",
     "9", "the answer is 5 ", "\\frac"])
-def test_a_million_hostile_characters_take_a_moment(unit):
-    "Minutes, if something were quadratic."
+def test_a_million_hostile_characters(unit):
+    "They return; what is quadratic would take hours."
     text = unit * (1_000_000 // len(unit)) + "\n#### 4"
-    began = time.process_time()
-    kept, _ = filter_traces([make("a", text, True, "4")])
-    assert time.process_time() - began < 20
+    kept, report = filter_traces([make("a", text, True, "4")])
+    assert report["read"] == len(kept) + sum(report["dropped"].values()) == 1
     assert all(t["answer"].endswith("\n#### 4") for t in kept)
 
 

@@ -2,10 +2,8 @@
 import copy
 import json
 import math
-import os
 import random
 import signal
-import threading
 from itertools import islice
 from pathlib import Path
 
@@ -306,9 +304,13 @@ def test_nan_ends_the_run_before_it_touches_a_weight(where, tokenizer, tmp_path)
 
 
 def test_ctrl_c_saves_and_says_where(tokenizer, tmp_path):
-    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    def interrupted(): # while the fortieth document is read
+        for i, document in enumerate(text(tokenizer)):
+            if i == 40: signal.raise_signal(signal.SIGINT)
+            yield document
     with pytest.raises(Stopped, match="checkpoint-.* is saved") as stopped:
-        run("transformer", tokenizer, tmp_path, p.Plan(100_000, 2, length=32))
+        run("transformer", tokenizer, tmp_path, p.Plan(100_000, 2, length=32),
+            interrupted())
     assert stopped.value.signal == signal.SIGINT
     state = json.loads((tmp_path / last_checkpoint(tmp_path).split("/")[-1]
                         / "trainer_state.json").read_text())
