@@ -48,12 +48,13 @@ def padded(model, tokenizer, prompts, limit, size=32):
     return new
 
 
-def continuous(model, tokenizer, prompts, limit):
+def continuous(model, tokenizer, prompts, limit, settings=None):
     "transformers' continuous batching."
     config = plain_config(model, tokenizer, limit)
     # It takes one end token; the base ends plain text by the smallest id.
     config.eos_token_id = min(config.eos_token_id)
     out = model.generate_batch(inputs=prompts, generation_config=config,
+                               continuous_batching_config=settings,
                                progress_bar=False)
     if failed := [r.error for r in out.values() if r.error]:
         raise RuntimeError(failed[0])

@@ -52,11 +52,15 @@ def saved(config, folder):
     return folder
 
 
-def loaded(source, dtype, four_bit, r, device="cpu"):
-    tuned = add_lora(load_base(str(source), four_bit, device, dtype)[0], r)
+def trainable(base, r):
+    tuned = add_lora(base, r)
     for p in tuned.parameters(): # as training keeps them
         if p.requires_grad: p.data = p.data.float()
     return tuned.train()
+
+
+def loaded(source, dtype, four_bit, r, device="cpu"):
+    return trainable(load_base(str(source), four_bit, device, dtype)[0], r)
 
 
 # --- rows that are always there ------------------------------------------------
@@ -151,6 +155,8 @@ def measure(tuned, rows, length, r, four_bit, padded, checkpointing, loss):
     with patch.object(torch, "is_autocast_enabled", lambda *_: sixteen):
         step() # gradients are there from now on
         peak, kept = peak_bytes(step, device), saved_bytes(tuned, run)
+    # what autocast took for the state before was the patch's answer
+    torch.set_autocast_enabled(device.type, False)
     budget = memory_budget(
         tuned.config, r, rows * length, four_bit, checkpointing=checkpointing,
         padded_to=length if padded else None, dtype=dtype,

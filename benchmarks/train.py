@@ -7,7 +7,7 @@ weights, which takes the same time as the real ones. Every column trains on the
 same rows with the same mask and optimiser. The columns run in turn, in several
 rounds; the median of the rounds is printed, and the lowest and highest.
 """
-import argparse, os, platform, statistics, subprocess, sys, tempfile, time
+import argparse, gc, os, platform, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from tiny_reason import train as lesson
 from tiny_reason.data import prepare
 from tiny_reason.files import find_base, load_tokenizer
-from tiny_reason.model import add_lora, load_base
+from tiny_reason.model import add_lora, compute_dtype, load_base
 
 STEPS, WARM, BATCH = 20, 3, 8
 # Qwen/Qwen2.5-1.5B-Instruct, config.json
@@ -48,7 +48,10 @@ class Clock(TrainerCallback):
 
 
 def reset_peak():
-    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    gc.collect() # a trainer and its model are a circle
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     try: Path("/proc/self/clear_refs").write_text("5") # Linux: peak RSS
     except OSError: pass
 
@@ -59,8 +62,8 @@ def peak():
         if line.startswith("VmHWM"): return int(line.split()[1]) * 1024
 
 
-def common(device, rate):
-    return dict(max_steps=STEPS, learning_rate=rate, warmup_steps=5,
+def common(device, rate, steps):
+    return dict(max_steps=steps, learning_rate=rate, warmup_steps=5,
                 optim="adamw_8bit", logging_steps=1, report_to="none",
                 save_strategy="no", eval_strategy="no", disable_tqdm=True,
                 use_cpu=device == "cpu", dataloader_pin_memory=device != "cpu",
@@ -77,10 +80,10 @@ def trl_trainer(model, tokenizer, rows, args):
     return trainer
 
 
-def columns(device, rate):
+def columns(device, rate, steps=STEPS):
     "Name -> (whether rows are grouped by length, how to make the trainer)."
-    shared = common(device, rate)
-    precision = dict(bf16=device != "cpu")
+    shared, dtype = common(device, rate, steps), compute_dtype(device)
+    precision = dict(bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
 
     def plain(model, tokenizer, rows, folder):
         return trl_trainer(model, tokenizer, rows, SFTConfig(
@@ -106,23 +109,19 @@ def columns(device, rate):
             "ours, one row": (False, ours(True))}
 
 
-def measure(make, grouped, base, device):
-    "One run of STEPS steps: seconds and tokens after WARM, losses, peak."
-    model, tokenizer = load_base(base, device=device)
-    model = add_lora(model)
-    rows, _, _ = prepare("arithmetic", 400, tokenizer=load_tokenizer(
-        find_base("student")[0]))
+def measure(make, grouped, model, tokenizer, rows, steps=STEPS, warm=WARM):
+    "One run of a fresh base: seconds and tokens after `warm`, losses, peak."
     lengths = [len(ids) for ids in rows["input_ids"]]
-    order = lesson.row_order(lengths, STEPS, BATCH, grouped=grouped)
-    rows = rows.select(order)
+    order = lesson.row_order(lengths, steps, BATCH, grouped=grouped)
+    rows, model = rows.select(order), add_lora(model)
     reset_peak()
     with tempfile.TemporaryDirectory() as folder, patched_order():
         trainer, clock = make(model, tokenizer, rows, folder), Clock()
         trainer.add_callback(clock)
         trainer.train()
-    tokens = sum(lengths[i] for i in order[WARM * BATCH:])
-    return dict(seconds=clock.times[-1] - clock.times[WARM - 1],
-                spent=clock.spent[-1] - clock.spent[WARM - 1],
+    tokens = sum(lengths[i] for i in order[warm * BATCH:])
+    return dict(seconds=clock.times[-1] - clock.times[warm - 1],
+                spent=clock.spent[-1] - clock.spent[warm - 1],
                 peak=peak(), tokens=tokens, losses=clock.losses)
 
 
@@ -185,12 +184,15 @@ def main():
             AutoModelForCausalLM.from_config(
                 QWEN, dtype=torch.bfloat16).save_pretrained(base)
             load_tokenizer(find_base("student")[0]).save_pretrained(base)
+        rows, _, _ = prepare("arithmetic", 400, tokenizer=load_tokenizer(
+            find_base("student")[0]))
         made = columns(options.device, rate)
         found = {name: [] for name in made}
         for _ in range(options.rounds):
             for name, (grouped, make) in made.items():
-                found[name].append(measure(make, grouped, base,
-                                           options.device))
+                model, tokenizer = load_base(base, device=options.device)
+                found[name].append(measure(make, grouped, model, tokenizer,
+                                           rows))
         report(found, options, base)
         if options.device == "cpu": report_processes(two_processes(scratch))
 
