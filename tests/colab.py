@@ -32,17 +32,16 @@ def versions():
 
 
 def environment():
-    "Make Colab's environment, unless there is one of these lists of packages."
-    made_of = PINS.read_text() + (ROOT / "settings.ini").read_text()
+    "Make Colab's environment, unless it is there and the lists are the same."
+    made_of = "\n".join([sys.version, PINS.read_text(),
+                         (ROOT / "settings.ini").read_text()])
     stamp = BUILD / "made_of"
     if stamp.is_file() and stamp.read_text() == made_of: return
     shutil.rmtree(BUILD, ignore_errors=True)
     venv.create(BUILD / "env", with_pip=True)
     # Without dependencies: the list is what Colab has, and nothing else.
     pip("install", "-qq", "--no-deps", "-r", PINS)
-    site = Path(subprocess.check_output(
-        [PYTHON, "-c", "import site; print(site.getsitepackages()[0])"],
-        text=True).strip())
+    site = next((BUILD / "env" / "lib").glob("python*/site-packages"))
     stand_in = site / "google" / "colab"
     stand_in.mkdir(parents=True)
     (stand_in / "__init__.py").write_text("import numpy # the real one does\n")
@@ -56,7 +55,8 @@ def environment():
 
 def wheel():
     "A wheel of the working tree; what an earlier one installed is removed."
-    shutil.rmtree(BUILD / "dist", ignore_errors=True)
+    for old in (BUILD / "dist", ROOT / "build"):
+        shutil.rmtree(old, ignore_errors=True)
     pip("wheel", "-qq", "--no-deps", "-w", BUILD / "dist", ROOT)
     pip("uninstall", "-qq", "-y", "tiny_reason")
     return next((BUILD / "dist").glob("*.whl"))
@@ -70,7 +70,6 @@ def run(notebook, address):
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, notebook.name)
         text = notebook.read_text(encoding="utf-8")
-        assert ADDRESS in text, f"{notebook} does not install the package"
         copy.write_text(text.replace(ADDRESS, address), encoding="utf-8")
         done = subprocess.run(
             [PYTHON, "-m", "nbconvert", "--execute", "--inplace", copy],
