@@ -8,12 +8,13 @@ THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 
 # torch's profiler, which counts bytes for us, is chatty.
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: help install run test colab lab demo distill notebooks student clean
+.PHONY: help install run test colab many lab demo distill notebooks student clean
 
 help:
 	@echo "make run        the tour, on the bundled student: a table and a page"
 	@echo "make test       notebooks clean and in sync, every notebook, tests/"
 	@echo "make colab      every notebook with Colab's packages, as Colab opens it"
+	@echo "make many       tests with four processes and two nodes (20 minutes)"
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make demo       the widget as a page of its own, on 127.0.0.1:8866"
 	@echo "make distill    a teacher is trained and writes, the student learns from it"
@@ -43,6 +44,9 @@ test: install
 # NB="nbs/04_demo.ipynb index.ipynb" runs these alone.
 colab:
 	$(PYTHON) tests/colab.py $(NB)
+
+many: install
+	$(BIN)/python -m pytest -q -rs -m many tests
 
 lab: install
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.

@@ -23,7 +23,8 @@ setup(
     # The lessons quote the benchmarks' tables, also where there is no clone.
     packages=[lib, f'{lib}.benchmarks'],
     package_dir={f'{lib}.benchmarks': 'benchmarks'},
-    package_data={lib: ['*.yaml', 'configs/*.yaml', 'student/*'],
+    package_data={lib: ['*.yaml', 'configs/*.yaml', 'configs/*/*.yaml',
+                        'student/*'],
                   f'{lib}.benchmarks': ['*.json', '*.md']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),

@@ -15,8 +15,8 @@ assert "torch" not in sys.modules
 assert tiny_reason.__file__.startswith(sys.argv[1]), tiny_reason.__file__
 from tiny_reason import files # a folder is checked without what trains it
 assert not {"peft", "bitsandbytes", "trl"} & {*sys.modules}
-from tiny_reason import cli, data, demo, distill, eval, model, pretrain, train
-from tiny_reason import record, rwkv, transformer
+from tiny_reason import cli, data, demo, distill, eval, many, model, pretrain
+from tiny_reason import record, rwkv, train, transformer
 try: distill.endpoint_teacher("http://127.0.0.1:9/v1", "nobody")
 except ImportError as e: assert "tiny_reason[teacher]" in str(e)
 else: raise AssertionError("an extra was not missed")
@@ -70,6 +70,7 @@ def test_wheel_holds_configs_and_student(wheel):
                    "configs/qwen2.5-1.5b.yaml", "configs/distill.yaml",
                    "configs/pretrain.yaml", "benchmarks/ladder.json",
                    "benchmarks/knobs.md",
+                   "configs/accelerate/fsdp.yaml",
                    "student/model.safetensors",
                    "student/tokenizer.json", "student/chat_template.jinja"):
         assert f"tiny_reason/{needed}" in names
