@@ -111,7 +111,7 @@ def tree_files(): # paths
 
 def pack(folder, hub, there=None, python="3.12", platforms=None, cuda="130",
          limit=64, wheelhouse=None, names=None):
-    """Fill `folder` with `wheels/` and `hub/`; the commands to type there.
+    """Fill `folder` with `wheels/` and `hub/`; returns what to type there.
 
     `ValueError` if it and the repository's files are beyond `limit` MiB."""
     folder = Path(folder)
@@ -144,8 +144,8 @@ def commands(folder):
 test -d /tmp/site || python3 -m pip install -q --no-index --no-deps \\
   --no-compile --target /tmp/site {near}/wheels/*.whl || exit
 export PYTHONPATH=/tmp/site HF_HOME={near}/hub HF_HUB_OFFLINE=1
-python3 -u benchmarks/cuda.py --smoke --part all --out /tmp/smoke # a minute
+# first whether it runs at all, then the three parts
+python3 -u benchmarks/cuda.py --smoke --part all --out /tmp/smoke
 python3 -u benchmarks/cuda.py --part right --out ${{OUT:-_build/cuda_out}}
 python3 -u benchmarks/cuda.py --part train --out ${{OUT:-_build/cuda_out}}
-python3 -u benchmarks/cuda.py --part decode --out ${{OUT:-_build/cuda_out}}
-"""
+python3 -u benchmarks/cuda.py --part decode --out ${{OUT:-_build/cuda_out}}"""

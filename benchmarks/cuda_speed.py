@@ -23,7 +23,7 @@ def by_way(rows):
     return ways
 
 
-# --- training ------------------------------------------------------------------
+# --- training ----------------------------------------------------------------
 
 def variants(lab):
     "Twenty steps on the same rows, in turn; non-padding tokens a second."
@@ -85,7 +85,7 @@ def recipe(lab):
            "ok": run.steps == steps}
 
 
-# --- decoding ------------------------------------------------------------------
+# --- decoding ----------------------------------------------------------------
 
 ZERO = 100 # ids below may end an answer
 
@@ -118,7 +118,7 @@ def asked(lab, n): # prompts, and how many tokens each answer takes
 def decoding(lab):
     "Answers of real lengths: alone, in batches, in slots that are refilled."
     size, limit, tokenizer = lab.size, lab.size["limit"], lab.tokenizer
-    nf4, merged = lab.base(), merge(lab.base())
+    nf4, merged = lab.fresh(), merge(lab.base())
     stop = end_ids(merged, tokenizer)[0]
     for model in nf4, merged: count_down(model, stop)
     prompts, lengths = asked(lab, max(4 * max(size["slots"]), size["static"]))
@@ -208,8 +208,9 @@ def tour(lab):
     def few(source, subset="main", split="train", n=None, seed=3407):
         return load_problems("arithmetic", "main", split, min(n or 4, 4), seed)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.chdir(tempfile.mkdtemp(
-            dir=lab.saved() + "/..")))
+        lab.saved()
+        stack.enter_context(contextlib.chdir(
+            tempfile.mkdtemp(dir=lab.folder)))
         if lab.smoke:
             stack.enter_context(patch.object(tiny_reason.data, "load_problems",
                                              few))

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT)) # a folder without a package: `benchmarks`
-from benchmarks import cuda, cuda_pack # noqa: E402
+from benchmarks import cuda, cuda_pack
 
 
 # The parts, in a tiny shape
