@@ -46,8 +46,9 @@ def as_on_a_t4(lab):
             args, model = lab.arguments(**precision), add_lora(lab.fresh(dtype))
             others = beside(model)
             make_infinite(model, spoiled)
+            before = rows_that_fit(model, 1024)
             run = train(model, lab.tokenizer, lab.rows, lab.held, args)
-            slots = rows_that_fit(model, 1024)
+            after = rows_that_fit(model, 1024)
         found, peak = losses(run), run.peak_bytes - others
         reference = reference or found
         far = max(abs(a / b - 1) for a, b in zip(found, reference))
@@ -55,9 +56,10 @@ def as_on_a_t4(lab):
             run=name, base=short(dtype), steps=run.steps, losses=(
                 f"{found[0]:.4f} to {found[-1]:.4f}"), farthest=far,
             skipped=run.skipped, peak_GB=peak / 1e9,
-            predicted_GB=lab.budget(run.steps, dtype) / 1e9, slots_after=slots,
+            predicted_GB=lab.budget(run.steps, dtype) / 1e9,
+            slots=f"{before}, then {after}",
             ok=all(map(math.isfinite, found)) and run.skipped >= len(spoiled)
-            and (bool(spoiled) or far < 0.02)
+            and (bool(spoiled) or far < 0.02) and after >= before
             and (kind is plain or not lab.on_gpu or peak < T4_BYTES))
         del model, run
 
