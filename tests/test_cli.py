@@ -518,7 +518,10 @@ def test_pretrain_on_problems_of_ones_own(tmp_path, capsys, monkeypatch):
     (["--preset", "micor"], "did you mean 'micro'"),
     (["--curriculum", "easyfirst"], "did you mean 'easy-first'"),
     (["--compile", "maybe"], "auto, yes or no"),
-    (["--preset", "tiny-rwkv", "--use_lora"], "starts from random numbers")])
+    (["--preset", "tiny-rwkv", "--use_lora"], "starts from random numbers"),
+    (["--training.optim", "sgd"], "no use for training.optim"),
+    (["--training.report_to", "wandb"], "no use for training.report_to"),
+    (["--training.save_total_limit", "9"], "training.save_total_limit")])
 def test_pretrain_wrong_arguments(flags, words, capsys):
     assert words in refused(capsys, "pretrain", *flags)
 

@@ -285,6 +285,36 @@ def test_a_loaded_model_checkpoints_its_activations(tokenizer, tmp_path):
     assert len(calls) == 2 # forward, and again going back
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: "
+                 "can't allocate memory: you tried to allocate 4 bytes.")])
+def test_what_to_cut_is_said_where_memory_ends(error, tokenizer, tmp_path,
+                                               monkeypatch):
+    def full(*args): raise error
+    monkeypatch.setattr(p, "train_step", full)
+    with pytest.raises(MemoryError, match="2 rows of 32 tokens at once.*--batch"
+                       "_size.*--row_length.*gradient_checkpointing"):
+        run("transformer", tokenizer, tmp_path)
+    error = RuntimeError("another one")
+    with pytest.raises(RuntimeError, match="another one"):
+        run("transformer", tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_is_a_model(kind, tokenizer, tmp_path):
+    "In the middle of a run somebody loads it for a look."
+    with pytest.raises(SystemError):
+        run(kind, tokenizer, tmp_path, save_every=2,
+            documents=cut(tokenizer, 64 * 5))
+    load = load_tuned if kind == "adapters" else load_base
+    folder = last_checkpoint(tmp_path)
+    looked, words = load(folder, four_bit=False, device="cpu")
+    assert len(words) == len(tokenizer)
+    assert evaluate(looked, words, list(load_problems("arithmetic", n=1)),
+                    "question", max_new_tokens=2).n == 1
+
+
 @pytest.mark.parametrize("where", ["weights", "rate"])
 def test_nan_ends_the_run_before_it_touches_a_weight(where, tokenizer, tmp_path):
     built = model("transformer", tokenizer)

@@ -282,6 +282,19 @@ def test_peak_of_a_step_is_what_the_formula_says():
     assert abs(peak_bytes(step) / predicted - 1) < 0.15
 
 
+@pytest.mark.parametrize("width, layers", [(128, 4), (128, 8)])
+def test_the_budget_knows_of_checkpointing(width, layers):
+    torch.manual_seed(0)
+    config = RWKV7Config(1152, width, layers)
+    model, ids = RWKV7ForCausalLM(config).train(), torch.randint(1152, (4, 256))
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    def step(): model(ids, labels=ids, use_cache=False).loss.backward()
+    predicted = training_bytes(config, ids.numel(), checkpointing=True)
+    predicted = sum(predicted[k] for k in ("gradients", "activations",
+                                           "logits"))
+    assert 0.7 < peak_bytes(step) / predicted <= 1
+
+
 @pytest.mark.parametrize("four_bit", [True, False])
 def test_rows_of_the_budget_are_exact(four_bit, rwkv_folder):
     model, _ = load_base(rwkv_folder, four_bit, "cpu")

@@ -13,7 +13,7 @@ __all__ = ['EXPECTED', 'close_bars', 'complain', 'main', 'quiet', 'chosen_device
 # %% ../nbs/cli.ipynb #7c0a7a1d
 import json, os, shlex, sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import yaml
@@ -534,6 +534,14 @@ def training_plan(settings): # -> pretrain.Plan
     "The section `training` and the command's own flags as a plan."
     from tiny_reason.pretrain import Plan
     t = settings.training
+    used = {"learning_rate", "max_steps", "batch_size", "warmup_steps",
+            "gradient_accumulation_steps", "save_steps",
+            "gradient_checkpointing"}
+    for field in fields(t):
+        if field.name not in used and getattr(t, field.name) != field.default:
+            raise UsageError(f"pretrain has no use for training.{field.name}: "
+                             "its optimiser, rates, log and checkpoints are "
+                             "its own. Leave it out")
     return Plan(t.max_steps, t.batch_size, t.gradient_accumulation_steps,
                 settings.row_length, t.learning_rate, max(1, t.warmup_steps),
                 settings.use_8bit)
@@ -551,7 +559,8 @@ def plan_line(model, plan, checkpointing:bool)->str:
         parts = transformer.training_bytes(model.config, plan.batch,
                                            plan.length, checkpointing)
     elif isinstance(model, rwkv.RWKV7ForCausalLM):
-        parts = rwkv.training_bytes(model.config, plan.batch * plan.length)
+        parts = rwkv.training_bytes(model.config, plan.batch * plan.length,
+                                    checkpointing)
     else: return text
     return f"{text}\nmemory: at most {sum(parts.values()) / 1e6:,.0f} MB"
 

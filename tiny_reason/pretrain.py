@@ -7,12 +7,13 @@ __all__ = ['LENGTHS', 'ONSETS', 'RIMES', 'MIXTURE', 'CONTROL', 'PATTERN', 'PRESE
            'direct', 'narrative', 'arithmetic', 'symbol', 'symbols', 'documents', 'train_tokenizer', 'student_config',
            'encoded', 'rows', 'Plan', 'make_optimizers', 'rate_at', 'token_loss', 'train_step', 'averages', 'give_back',
            'trained', 'save_checkpoint', 'take_up', 'check_step', 'held_out_loss', 'save_model', 'as_function',
-           'checkpoint_activations', 'take_steps', 'identity', 'set_up', 'finish', 'train_on', 'pretrain', 'new_model',
-           'check_trained', 'repeated', 'easy_first', 'pretrain_student']
+           'checkpoint_activations', 'take_steps', 'identity', 'set_up', 'finish', 'memory_said', 'train_on',
+           'pretrain', 'new_model', 'check_trained', 'repeated', 'easy_first', 'pretrain_student']
 
 # %% ../nbs/06_pretrain.ipynb #0bab175a
 import copy, difflib, hashlib, json, math, random, re, shutil, string
 import tempfile, time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.resources import files
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from peft import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tokenizers import (Regex, Tokenizer, decoders, models, normalizers,
                         pre_tokenizers, trainers)
@@ -253,16 +255,18 @@ def give_back(optimizers, tensors:dict)->None: # of `averages`
 def trained(model)->dict: # name -> parameter
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
-def save_checkpoint(out, model, optimizers, run:dict, log:list)->None:
-    "Write all that a run needs to go on, in one piece. `OSError`: no room."
+def save_checkpoint(out, model, tokenizer, optimizers, run:dict, log:list):
+    """Write all that a run needs to go on, in one piece. `OSError`: no room.
+
+    `load_base` reads the folder as a model, `load_tuned` as adapters."""
     out, tensors = Path(out), averages(optimizers)
-    weights = {n: p.detach().contiguous() for n, p in trained(model).items()}
-    needed = sum(t.nbytes for t in [*weights.values(), *tensors.values()])
+    needed = sum(t.nbytes for t in [*trained(model).values(),
+                                    *tensors.values()])
     folder, staging = out / f"checkpoint-{log[-1]['step']}", out / ".saving"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     if shutil.disk_usage(out).free < needed: raise disk_full(out, needed)
-    save_file(weights, staging / "weights.safetensors")
+    save_model(model, tokenizer, staging)
     save_file(tensors, staging / "optimizer.safetensors")
     (staging / "trainer_state.json").write_text(
         json.dumps(dict(run=run, log=log)))
@@ -283,10 +287,12 @@ def take_up(out, model, optimizers, run:dict)->list: # the log so far
         if theirs != mine:
             raise ValueError(f"{newest} was made with another {key}: {theirs}, "
                              f"not {mine}. Resume with what it began with.")
-    own = trained(model)
-    with torch.no_grad():
-        for name, t in load_file(Path(newest, "weights.safetensors")).items():
-            own[name].copy_(t)
+    if hasattr(model, "peft_config"):
+        set_peft_model_state_dict(model, load_peft_weights(newest, "cpu"))
+    else:
+        with torch.no_grad():
+            for name, t in load_file(Path(newest, "model.safetensors")).items():
+                model.get_parameter(name).copy_(t)
     give_back(optimizers, load_file(Path(newest, "optimizer.safetensors")))
     return state["log"]
 
@@ -400,12 +406,27 @@ def finish(model, tokenizer, log:list, out, dtype)->None:
     flush(Path(out))
 
 # %% ../nbs/06_pretrain.ipynb #144ad65b
-def train_on(model, forward, data, optimizers, run:dict, log:list, plan:Plan,
+@contextmanager
+def memory_said(plan:Plan, out):
+    "Turn torch's errors for a lack of memory into a sentence of what to cut."
+    try: yield
+    except RuntimeError as error: # of a GPU, and of a CPU
+        if not (isinstance(error, torch.OutOfMemoryError)
+                or "can't allocate memory" in str(error)): raise
+        raise MemoryError(
+            f"memory ran out with {plan.batch} rows of {plan.length} tokens at "
+            "once. Halve the rows and double the accumulation (--batch_size, "
+            "--gradient_accumulation_steps: the same step), shorten the rows "
+            "(--row_length), or run layers twice (--training."
+            "gradient_checkpointing true). The last checkpoint: "
+            f"{last_checkpoint(out) or 'none was written yet'}") from None
+
+def train_on(model, forward, data, optimizers, save, log:list, plan:Plan,
              out, held_out, save_every:int)->None:
-    "The steps that are left; `log` grows, and `out` gets a checkpoint."
+    "The steps that are left; `log` grows, and `save(log)` is called."
     done, before = (log[-1]["step"], log[-1]["seconds"]) if log else (0, 0)
     start, asked = time.time() - before, SimpleNamespace(asked=0)
-    with stop_on_signal(asked), progress_bar(
+    with memory_said(plan, out), stop_on_signal(asked), progress_bar(
             plan.steps, initial=done, desc="pre-training", unit="step") as bar:
         for step, loss in take_steps(model, forward, data, optimizers, plan,
                                      done, out):
@@ -417,7 +438,7 @@ def train_on(model, forward, data, optimizers, run:dict, log:list, plan:Plan,
                                 seconds=round(time.time() - start, 1)))
             if due and held_out:
                 log[-1]["held_out"] = round(held_out_loss(model, held_out), 4)
-            if due: save_checkpoint(out, model, optimizers, run, log)
+            if due: save(log)
             if asked.asked and step < plan.steps:
                 raise Stopped(f"stopped at step {step} of {plan.steps}; "
                               f"{last_checkpoint(out)} is saved", asked.asked)
@@ -435,11 +456,12 @@ def pretrain(model, tokenizer, documents, # iterable of lists of ids
     Without `resume`, checkpoints of an earlier run in `out` go.
     `FloatingPointError`: loss or gradients are no numbers. `Stopped`: Ctrl-C
     or SIGTERM, after saving. `ValueError`: a checkpoint of another run, or too
-    little text. `OSError`: the disk is full."""
+    little text. `OSError`: the disk is full. `MemoryError`: what to cut."""
     plan = plan or Plan()
     optimizers, data, run, log = set_up(model, documents, plan, out, resume)
     model.train() # without it a loaded model would not checkpoint activations
-    train_on(model, as_function(model, compiled), data, optimizers, run, log,
+    save = partial(save_checkpoint, out, model, tokenizer, optimizers, run)
+    train_on(model, as_function(model, compiled), data, optimizers, save, log,
              plan, out, held_out, save_every)
     finish(model, tokenizer, log, out, dtype)
     return log

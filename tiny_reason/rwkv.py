@@ -477,11 +477,17 @@ def adapter_activations(config, r:int=16, # rank of LoRA on all six matrices
             "adapters": 6 * r * itemsize,
             "documents": (8 * d + 16 * c + 6) * packed}
 
-def training_bytes(config, tokens:int=4096)->dict: # row -> bytes
-    "fp32 training with Adam, `tokens` at a time (whole chunks)."
+def training_bytes(config, tokens:int=4096, # in whole chunks
+                   checkpointing:bool=False, # keep only each layer's input
+                   )->dict: # row -> bytes; with checkpointing at most these
+    "fp32 training with Adam, from the configuration alone."
     n, layers = count_parameters(config), config.num_hidden_layers
+    each = activation_bytes(config)
+    # beside the inputs the first layer's values; one layer is run again
+    kept = (4 * config.hidden_size * (layers + 1) + each if checkpointing
+            else layers * each)
     return {"weights": 4 * n, "gradients": 4 * n, "optimiser": 8 * n,
-            "activations": layers * tokens * activation_bytes(config),
+            "activations": tokens * kept,
             "logits": 12 * tokens * config.vocab_size}
 
 # %% ../nbs/08_rwkv.ipynb #8e438f0a
