@@ -121,6 +121,42 @@ def test_refilling_takes_fewer_steps_than_waiting(unsure):
     assert len(calls) < sum(batches)
 
 
+def test_the_cache_holds_no_more_than_was_counted(unsure, monkeypatch):
+    "Rows as there are slots; positions as in the longest, and 64 to spare."
+    model, _ = unsure
+    prompts, stops, limit = prompts_of(40), list(range(0, 1152, 12)), 90
+    most, update = [0, 0], ev.RoomyLayer.update
+    def seen(self, *args, **kwargs):
+        found = update(self, *args, **kwargs)
+        most[:] = map(max, most, self.buffers[0].shape[::2])
+        return found
+    monkeypatch.setattr(ev.RoomyLayer, "update", seen)
+    with torch.inference_mode():
+        ids = ev.decode_batch(model, prompts, stops, limit, ev.chooser(), 6)
+    longest = max(len(p) + len(i) for p, i in zip(prompts, ids))
+    assert most[0] == 6 and most[1] <= longest + 64 < 40 + limit + 64
+
+
+def test_nothing_of_onednn_stays_on_a_model(student):
+    "Not after an error either; and what is no plain layer is left alone."
+    model, tokenizer = student
+    layers = [m for m in model.modules() if type(m) is torch.nn.Linear]
+    strange = layers[0]
+    strange.forward = strange.forward # as a library would that wraps layers
+    kept = vars(strange)["forward"]
+    try:
+        with pytest.raises(KeyError), ev.onednn(model):
+            assert vars(strange)["forward"] is kept
+            raise KeyError
+        assert vars(strange)["forward"] is kept
+    finally: del strange.forward
+    assert not any("forward" in vars(m) for m in layers)
+    base, _ = load_base("student", four_bit=True, device="cpu")
+    with ev.onednn(base):
+        assert not any("forward" in vars(m) for m in base.modules()
+                       if "4bit" in type(m).__name__)
+
+
 def test_a_prompt_is_needed_and_no_tokens_are_fine(unsure):
     model, tokenizer = unsure
     with pytest.raises(ValueError, match="empty"):
@@ -286,7 +322,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, student):
     path = tmp_path / "records.jsonl"
     child = subprocess.Popen([sys.executable, "-c", CHILD, path],
                              stderr=subprocess.DEVNULL)
-    for _ in range(1200):
+    for _ in range(6000):
         if path.is_file() and path.read_text().count("\n") >= 5: break
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'KINDS', 'wilson', 'mcnemar', 'questions_needed', 'RoomyLayer', 'left_join', 'pad_left', 'Batch', 'Answers',
-           'sure', 'decode_batch', 'chooser', 'end_ids', 'text_of', 'cutter', 'row_bytes', 'rows_that_fit', 'vllm_ids',
-           'generate_ids', 'generate', 'share', 'Report', 'record_of', 'read_records', 'prompt_for', 'write_whole',
-           'headings', 'weights_hash', 'hashes_of', 'Journal', 'evaluate', 'answer_all', 'compare', 'to_markdown',
-           'plot_runs', 'kind_of', 'taxonomy', 'show_examples', 'self_consistency', 'majority', 'perplexity']
+           'sure', 'decode_batch', 'chooser', 'end_ids', 'text_of', 'cutter', 'row_bytes', 'rows_that_fit', 'onednn',
+           'vllm_ids', 'generate_ids', 'generate', 'share', 'Report', 'record_of', 'read_records', 'prompt_for',
+           'write_whole', 'headings', 'weights_hash', 'hashes_of', 'Journal', 'evaluate', 'answer_all', 'compare',
+           'to_markdown', 'plot_runs', 'kind_of', 'taxonomy', 'show_examples', 'self_consistency', 'majority',
+           'perplexity']
 
 # %% ../nbs/03_eval.ipynb #b1cf2444
 import hashlib, json, re, time
+from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from html import escape
 from math import ceil, comb, exp, sqrt
 from pathlib import Path
@@ -83,33 +86,53 @@ def questions_needed(a:float, b:float, # two true accuracies, 0 to 1
 
 # %% ../nbs/03_eval.ipynb #f86b2676
 class RoomyLayer(DynamicLayer):
-    "One layer's keys and values, in a buffer that grows by 64 positions."
+    "One layer's keys and values: a window of buffers that have room to grow."
     def update(self, keys, values, *args, **kwargs):
-        "Write (rows, heads, new, width) in place; return all so far."
+        "Write (rows, heads, new, width) in place; return all in the window."
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            self.buffers, self.used = (keys[:, :, :0], values[:, :, :0]), 0
-        start, self.used = self.used, self.used + keys.shape[2]
-        lacking = self.used - self.buffers[0].shape[2]
-        if lacking > 0:
-            self.buffers = tuple(torch.nn.functional.pad(
-                b, (0, 0, 0, lacking + 64)) for b in self.buffers)
-        for b, new in zip(self.buffers, (keys, values)):
-            b[:, :, start:self.used] = new
-        self.keys, self.values = (b[:, :, :self.used] for b in self.buffers)
+            self.buffers = keys[:, :, :0], values[:, :, :0]
+            self.rows, self.start, self.end = len(keys), 0, 0
+        new = keys.shape[2]
+        self.make_room(self.rows, self.end - self.start, new)
+        self.end += new
+        for b, x in zip(self.buffers, (keys, values)):
+            b[:self.rows, :, self.end - new:self.end] = x
+        self.keys, self.values = self.window()
         return self.keys, self.values
+
+    def window(self): # no copies
+        return [b[:self.rows, :, self.start:self.end] for b in self.buffers]
+
+    def make_room(self, rows:int, width:int, more:int):
+        "Room for `rows`, with `width` positions so far and `more` to come."
+        there, _, size, _ = self.buffers[0].shape
+        if rows <= there and width <= self.end and self.end + more <= size:
+            return
+        old, used = self.window(), self.end - self.start
+        self.buffers = [b.new_zeros(max(rows, there), b.shape[1],
+                                    width + more + 64, b.shape[3]) for b in old]
+        for b, x in zip(self.buffers, old):
+            b[:self.rows, :, width - used:width] = x
+        self.start, self.end = width - used, width
 
     def take(self, rows, width:int, others:list):
         "Keep the last `width` positions of `rows`; then the others' rows."
-        start = self.used - width
-        parts = [[b[rows, :, start:self.used] for b in self.buffers]] + [
-            [b[:, :, :o.used] for b in o.buffers] for o in others]
-        joined = [left_join(p, dim=2) for p in zip(*parts)]
-        self.used = joined[0].shape[2]
-        self.buffers = tuple(torch.nn.functional.pad(b, (0, 0, 0, 64))
-                             for b in joined)
-        self.keys, self.values = (b[:, :, :self.used] for b in self.buffers)
+        self.start, same = self.end - width, torch.arange(len(rows))
+        first = int((rows.cpu() == same).sum()) # rows ascend: these stay put
+        for b in self.window():
+            b[first:len(rows)] = b[rows[first:]]
+        self.rows = len(rows)
+        for o in others:
+            used = o.end - o.start
+            self.make_room(self.rows + o.rows, max(width, used), 0)
+            self.start = self.end - max(width, used)
+            self.rows += o.rows
+            for b, x in zip(self.window(), o.window()):
+                b[self.rows - o.rows:, :, b.shape[2] - used:] = x
+        self.keys, self.values = self.window()
 
+# %% ../nbs/03_eval.ipynb #f2d05e7b
 def left_join(parts, dim:int): # the length of `dim` may differ
     "Stack rows; the shorter ones get zeros on the left."
     width = max(p.shape[dim] for p in parts)
@@ -126,6 +149,7 @@ def pad_left(prompts:list[list[int]], pad:int, device)->tuple:
     ids, mask = (torch.tensor(x, device=device) for x in (ids, mask))
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
+# %% ../nbs/03_eval.ipynb #49571869
 class Batch:
     "Rows decoded together: their cache, mask, positions and last tokens."
     def __init__(self, model, prompts:list[list[int]], pad:int):
@@ -173,6 +197,7 @@ class Answers:
                 seconds = time.perf_counter() - self.born[row]
                 self.done(row, self.ids[row], seconds)
 
+# %% ../nbs/03_eval.ipynb #b1ada88a
 def sure(model, choose): # a function like `choose`
     "Choose, unless a score is NaN or infinite: FloatingPointError."
     def pick(scores):
@@ -186,6 +211,7 @@ def sure(model, choose): # a function like `choose`
             "torch.float32. Else its weights are damaged.")
     return pick
 
+# %% ../nbs/03_eval.ipynb #28bf53ac
 def decode_batch(model, prompts:list[list[int]], stops:list[int],
                  max_new_tokens:int, choose, # scores (rows, words) -> ids
                  slots:int|None=None, # rows at once; None: all
@@ -254,6 +280,7 @@ def cutter(tokenizer, ends:tuple[str, ...], stop:int):
         return ids[:len(ids) - len(tail) + kept] + [stop]
     return cut
 
+# %% ../nbs/03_eval.ipynb #489c0078
 def row_bytes(model, positions:int)->int: # prompt + answer
     "What decoding remembers of one row, as seen after one token and two."
     def held(tokens):
@@ -272,6 +299,23 @@ def rows_that_fit(model, positions:int)->int: # positions: prompt + answer
         free = available_bytes(model.device) // 2
     return max(1, min(128, free // row_bytes(model, positions)))
 
+# %% ../nbs/03_eval.ipynb #a8b5a8d5
+@contextmanager
+def onednn(model):
+    "Meanwhile the fp32 layers of a model on the CPU multiply by oneDNN."
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    layers = [m for m in model.modules() if type(m) is torch.nn.Linear
+              and m.weight.dtype == torch.float32 and not m.weight.is_cuda
+              and "forward" not in vars(m)] if wide else []
+    def forward(layer, x):
+        return torch.ops.mkldnn._linear_pointwise(
+            x, layer.weight, layer.bias, "none", [], "")
+    for m in layers: m.forward = partial(forward, m)
+    try: yield
+    finally:
+        for m in layers: del m.forward
+
+# %% ../nbs/03_eval.ipynb #dbe8cc88
 def vllm_ids(llm, rows:list, max_new_tokens:int, temperature:float,
              seed:int, done=None, ends:tuple=(), cut=None,
              )->list[list[int]]:
@@ -313,7 +357,7 @@ def generate_ids(model, tokenizer, prompts:list, # as in `generate`
     choose = chooser(temperature, seed, model.device)
     model.eval()
     try:
-        with torch.inference_mode(), bar:
+        with torch.inference_mode(), onednn(model), bar:
             ids = decode_batch(model, [rows[i] for i in order], stops,
                                max_new_tokens, choose, slots, end, cut)
     finally: model.train(was_training)
