@@ -81,6 +81,7 @@ def main():
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--skip", help="a way not to go, as: continuous")
     args = parser.parse_args()
     clock = dict(wall=perf_counter, cpu=process_time)[args.clock]
     torch.set_num_threads(args.threads)
@@ -108,6 +109,7 @@ def main():
         "ours, 32 slots": lambda: generate_ids(merged, tokenizer, prompts,
                                                args.limit, 32),
         "ours": lambda: generate_ids(merged, tokenizer, prompts, args.limit)}
+    if args.skip: ways = {n: w for n, w in ways.items() if args.skip not in n}
     best, tokens, steps = {}, {}, {}
     for _ in range(args.rounds):
         for name, way in ways.items():
