@@ -14,7 +14,7 @@ help:
 	@echo "make run        the tour, on the bundled student: a table and a page"
 	@echo "make test       notebooks clean and in sync, every notebook, tests/"
 	@echo "make colab      every notebook with Colab's packages, as Colab opens it"
-	@echo "make many       tests with four processes and two nodes (20 minutes)"
+	@echo "make many       tests with four processes and two nodes (half an hour)"
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make demo       the widget as a page of its own, on 127.0.0.1:8866"
 	@echo "make distill    a teacher is trained and writes, the student learns from it"
