@@ -8,6 +8,7 @@ same rows with the same mask and optimiser. The columns run in turn, in several
 rounds; the median of the rounds is printed, and the lowest and highest.
 """
 import argparse, gc, os, platform, statistics, subprocess, sys, tempfile, time
+import types
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -95,17 +96,25 @@ def columns(device, rate, steps=STEPS):
             folder, per_device_train_batch_size=8, max_length=None,
             gradient_checkpointing=False, **precision, **shared))
 
-    def ours(one_row):
+    def ours(one_row, **more):
         def make(model, tokenizer, rows, folder):
-            chosen = dict(shared, train_sampling_strategy="random")
+            chosen = dict(shared, train_sampling_strategy="random", **more)
             args = lesson.sft_config(
                 folder, device, load_best_model_at_end=False,
                 padding_free=one_row, **chosen)
             return lesson.make_trainer(model, tokenizer, rows, rows, args)
         return make
 
+    def by_peft(*args):
+        trainer = ours(False)(*args)
+        trainer.train = types.MethodType(SFTTrainer.train, trainer)
+        return trainer
+
+    extra = {"ours, PEFT's layers": (True, by_peft),
+             "ours, bf16": (True, ours(False, bf16=True))}
     return {"plain recipe": (False, plain), "TRL tuned by hand": (True, tuned),
             "ours, padded": (True, ours(False)),
+            **(extra if device == "cpu" else {}),
             "ours, one row": (False, ours(True))}
 
 
@@ -220,7 +229,7 @@ def report(found, options, base):
               f"{span(per_step, '.0f')} | "
               f"{statistics.median(r['peak'] for r in runs) / 1e6:,.0f} |")
     print("\nLosses of the first 20 steps. Rows as drawn: *plain recipe* and "
-          "*ours, one row*. The same rows grouped by length: the other two.\n")
+          "*ours, one row*. The same rows grouped by length: the others.\n")
     print("| step |", " | ".join(found), "|\n|---|" + "---|" * len(found))
     for i in range(STEPS):
         print(f"| {i + 1} |", " | ".join(

@@ -311,6 +311,47 @@ def test_twenty_steps_are_the_same_in_every_layout(base, data, tmp_path,
     assert losses(rows) == pytest.approx(losses(padded), abs=1e-5)
 
 
+@pytest.mark.parametrize("room", [0, 10**12])
+def test_our_layers_train_as_peft_s(base, data, tmp_path, monkeypatch, room):
+    "Also where the base is unpacked anew, and with gradient accumulation."
+    kwargs = dict(logging_steps=1, optim="adamw_torch",
+                  per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    calls, apply = [], lesson.Adapted.apply
+    monkeypatch.setattr(lesson, "available_bytes", lambda: room)
+    monkeypatch.setattr(lesson.Adapted, "apply",
+                        lambda *args: calls.append(args) or apply(*args))
+    ours, model = fine_tune(base, data, tmp_path / "a", **kwargs)
+    assert len(calls) % 7 == 0 and calls
+    assert not any("forward" in vars(m) for m in lesson.plain_layers(model))
+    calls.clear()
+    monkeypatch.setattr(lesson.LossTrainer, "train", lesson.SFTTrainer.train)
+    theirs, _ = fine_tune(base, data, tmp_path / "b", **kwargs)
+    assert not calls
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
+    assert ours.best_loss == pytest.approx(theirs.best_loss, abs=1e-5)
+
+
+def test_layers_that_are_left_to_peft(base):
+    def found(**kwargs): return len(lesson.plain_layers(
+        add_lora(load_base(base, four_bit=False, device="cpu")[0], **kwargs)))
+
+    assert found() == 7
+    assert found(dropout=0.1) == 0
+    assert found(target_modules=["q_proj"]) == 1
+
+
+def test_bf16_on_a_cpu(base, data, tmp_path):
+    "Off unless asked for; computes in bf16, keeps adapters in fp32."
+    assert not lesson.sft_config(device="cpu").bf16
+    kwargs = dict(logging_steps=1, optim="adamw_torch")
+    fp32, _ = fine_tune(base, data, tmp_path / "a", **kwargs)
+    bf16, model = fine_tune(base, data, tmp_path / "b", bf16=True, **kwargs)
+    assert losses(bf16) != losses(fp32)
+    assert losses(bf16) == pytest.approx(losses(fp32), abs=0.02)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {
+        torch.float32}
+
+
 def test_prompt_tokens_get_no_gradient(base, data, tmp_path):
     tokenizer, rows, _ = data
     model = add_lora(load_base(base, device="cpu")[0])
