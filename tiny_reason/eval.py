@@ -21,13 +21,13 @@ from pathlib import Path
 from statistics import NormalDist
 
 import torch
-from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .data import LAYOUTS, build_prompt, encode_text, to_messages
 from .grading import (check_steps, extract_answer, flexible,
                                  gold_number, grade, is_correct,
                                  parse_number, read_answer, strict)
+from .record import progress_bar
 
 # %% ../nbs/03_eval.ipynb #b18f8e78
 def wilson(k:int, # right answers
@@ -350,10 +350,10 @@ def generate_ids(model, tokenizer, prompts:list, # as in `generate`
     longest = max(map(len, rows), default=0) + max_new_tokens
     slots, new = batch_size or rows_that_fit(model, longest), [[]] * len(rows)
     was_training = model.training
-    bar = tqdm(total=len(rows), unit="problem", disable=not progress)
+    bar = progress_bar(len(rows), unit="problem", disable=not progress)
     def end(i, ids, seconds):
+        if done: bar.set_postfix_str(done(order[i], ids, seconds) or "", False)
         bar.update()
-        if done: bar.set_postfix_str(done(order[i], ids, seconds) or "")
     choose = chooser(temperature, seed, model.device)
     model.eval()
     try:

@@ -6,8 +6,9 @@
 __all__ = ['RECIPE', 'LOGIT_CHANGES', 'CUTS', 'sft_config', 'row_order', 'product', 'ChunkedLoss', 'LossTrainer',
            'CountingTrainer', 'SavingTrainer', 'spread', 'ShardingTrainer', 'Stopped', 'RecipeTrainer',
            'stop_on_signal', 'Run', 'Watch', 'labelled', 'isolates', 'make_trainer', 'Adapted', 'plain_layers',
-           'unpacked', 'adapted', 'quick_layers', 'plot_run', 'in_notebook', 'LiveCurve', 'model_bytes', 'run_budget',
-           'smaller', 'checkpointing_if_needed', 'peak_memory', 'attempt', 'ready_trainer', 'train', 'outcome']
+           'unpacked', 'adapted', 'worth_keeping', 'quick_layers', 'plot_run', 'in_notebook', 'LiveCurve',
+           'model_bytes', 'run_budget', 'smaller', 'checkpointing_if_needed', 'peak_memory', 'attempt', 'ready_trainer',
+           'train', 'outcome']
 
 # %% ../nbs/02_train.ipynb #8312227a
 import contextlib, copy, difflib, functools, gc, json, math, os, random
@@ -672,11 +673,15 @@ def adapted(layer, weight, x): # a PEFT layer, its weights by dtype, its input
         None if bias is None else bias.to(dtype))
     return flat.view(*x.shape[:-1], -1)
 
+def worth_keeping(nbytes:int)->bool: # of a base in fp32
+    "Whether an unpacked copy is small beside the memory that is free."
+    return nbytes < available_bytes() / 10
+
 @contextlib.contextmanager
 def quick_layers(layers:list): # of `plain_layers`
     "Within the block the layers compute by `adapted`, unpacked once if small."
-    size = sum(4 * math.prod(in_out(m.get_base_layer())) for m in layers)
-    small = size < available_bytes() / 10
+    small = worth_keeping(sum(4 * math.prod(in_out(m.get_base_layer()))
+                              for m in layers))
     for layer in layers:
         weight = functools.partial(unpacked, layer.get_base_layer())
         layer.forward = functools.partial(
@@ -761,8 +766,10 @@ def run_budget(trainer)->dict: # row -> bytes
         checkpointing=bool(args.gradient_checkpointing),
         optimizer=str(getattr(args.optim, "value", args.optim)),
         logit_chunk=max(1, ChunkedLoss.at_once // config.vocab_size),
-        padded_to=row if len(some) > 1 else None,
-        dtype=compute_dtype(args.device))
+        # a row of several needs a mask to keep them apart; padding needs none
+        padded_to=row if one_row and len(some) > 1 else None,
+        dtype=(torch.bfloat16 if args.bf16 else
+               torch.float16 if args.fp16 else torch.float32))
     except ValueError as error: # shapes or optimisers that nobody counted
         print(f"memory is not predicted: {error}", file=sys.stderr)
         return {}
