@@ -58,10 +58,27 @@ def execute(path):
             if output.output_type == "error":
                 sys.exit(f"{path} shows an error: {output.ename}: "
                          f"{output.evalue}")
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs
-                            if o.get("name") != "stderr"]
+    drop_bars(nb)
     return nb
+
+
+def drop_bars(nb):
+    "Take progress bars out: without a kernel they stand still at 0 %."
+    view, state = (f"application/vnd.jupyter.widget-{kind}+json"
+                   for kind in ("view", "state"))
+
+    def is_bar(output):
+        data = output.get("data", {})
+        return output.get("name") == "stderr" or view in data and bool(
+            re.search(r"\[\d\d:\d\d[<,]", data.get("text/plain", "")))
+
+    shown = []
+    for cell in nb.cells:
+        if cell.cell_type != "code": continue
+        cell.outputs = [o for o in cell.outputs if not is_bar(o)]
+        shown += [o for o in cell.outputs if view in o.get("data", {})]
+    if not shown: nb.metadata.get("widgets", {}).pop(state, None)
+    if not nb.metadata.get("widgets", True): del nb.metadata["widgets"]
 
 
 def run():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("run_index", ROOT / "run_index.py")
@@ -51,3 +52,21 @@ def test_what_fails_in_a_cell_ends_in_a_sentence(tmp_path, monkeypatch):
         nbformat.v4.new_code_cell("1 / 0")]), path)
     with pytest.raises(SystemExit, match="stopped: ZeroDivisionError"):
         run_index.execute(path)
+
+
+def test_bars_are_no_part_of_a_page():
+    "A bar of a library would stand still at 0 % where no kernel runs."
+    view = "application/vnd.jupyter.widget-view+json"
+    def shown(text):
+        return new_output("display_data", {"text/plain": text, view: {}})
+    bars = [shown("Loading weights:   0%|     | 0/49 [00:00<?, ?it/s]"),
+            shown("0it [00:00, ?it/s]")]
+    kept = [shown("VBox(children=(IntSlider(value=16),))"),
+            new_output("stream", name="stdout", text="loss 0.1\n")]
+    nb = new_notebook(cells=[new_code_cell(outputs=[*bars, *kept])])
+    nb.metadata["widgets"] = {view.replace("view", "state"): {"state": {}}}
+    run_index.drop_bars(nb)
+    assert nb.cells[0].outputs == kept and "widgets" in nb.metadata
+    nb.cells[0].outputs = bars
+    run_index.drop_bars(nb)
+    assert not nb.cells[0].outputs and "widgets" not in nb.metadata
