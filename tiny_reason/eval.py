@@ -305,7 +305,7 @@ def onednn(model):
     "Meanwhile the fp32 layers of a model on the CPU multiply by oneDNN."
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     layers = [m for m in model.modules() if type(m) is torch.nn.Linear
-              and m.weight.dtype == torch.float32 and not m.weight.is_cuda
+              and m.weight.dtype == torch.float32 and m.weight.is_cpu
               and "forward" not in vars(m)] if wide else []
     def forward(layer, x):
         return torch.ops.mkldnn._linear_pointwise(
