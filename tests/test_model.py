@@ -461,7 +461,7 @@ def test_unsloth(monkeypatch):
             return "model", "tokenizer"
     stand_in.FastLanguageModel = FastLanguageModel
     monkeypatch.setitem(sys.modules, "unsloth", stand_in)
-    assert m.load_unsloth("owner/name", None, True, torch.device("cuda"),
+    assert m.load_unsloth("owner/name", None, None, True, torch.device("cuda"),
                           torch.float16) == "model"
     assert asked["load_in_4bit"] and not asked["trust_remote_code"]
     assert (asked["model_name"], asked["dtype"]) == ("owner/name", torch.float16)

@@ -23,7 +23,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from peft import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tokenizers import (Regex, Tokenizer, decoders, models, normalizers,
                         pre_tokenizers, trainers)
@@ -34,6 +33,8 @@ from . import rwkv, transformer
 from .data import (LAYOUTS, OPERATORS, STORIES, SYSTEM_PROMPT,
                               draw_problem, parse_answer, strip_calculator)
 from .model import compute_dtype
+# after model: peft imports bitsandbytes, which talks
+from peft import load_peft_weights, set_peft_model_state_dict
 from .record import (checkpoints, discard, disk_full, flush,
                                 last_checkpoint, progress_bar, seal)
 from .train import Stopped, stop_on_signal
