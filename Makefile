@@ -37,7 +37,7 @@ run: install
 test: install
 	$(BIN)/python -m pytest -q tests/test_sync.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/nbdev_test --path . --n_workers 2 --timing
-	@echo "$$(ls index.ipynb nbs/*.ipynb | wc -l) notebooks ran from top to bottom"
+	@echo "$$(ls index.ipynb nbs/*.ipynb nbs/*/*.ipynb | wc -l) notebooks ran from top to bottom"
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile \
 	  --no-loadscope-reorder tests
 
@@ -52,7 +52,7 @@ lab: install
 	$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=.
 
 demo: install
-	$(BIN)/voila nbs/app.ipynb --Voila.ip=127.0.0.1 --port=8866
+	$(BIN)/voila nbs/app/page.ipynb --Voila.ip=127.0.0.1 --port=8866
 
 # The teacher learns from written solutions; the student only from the teacher.
 DISTILL := _build/distill
@@ -67,7 +67,7 @@ distill: install
 	$(BIN)/tiny_reason evaluate --config $(DISTILL)/student/config.yaml
 
 notebooks: install
-	$(BIN)/python run_index.py nbs/*.ipynb index.ipynb
+	$(BIN)/python run_index.py nbs/*.ipynb nbs/*/*.ipynb index.ipynb
 	$(BIN)/nbdev_clean --fname .
 	$(BIN)/nbdev_export
 

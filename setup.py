@@ -21,7 +21,7 @@ setup(
     keywords=cfg['keywords'],
     url=cfg['git_url'],
     # The lessons quote the benchmarks' tables, also where there is no clone.
-    packages=[lib, f'{lib}.benchmarks'],
+    packages=[lib, f'{lib}.lib', f'{lib}.app', f'{lib}.benchmarks'],
     package_dir={f'{lib}.benchmarks': 'benchmarks'},
     package_data={lib: ['*.yaml', 'configs/*.yaml', 'configs/*/*.yaml',
                         'student/*'],

@@ -28,10 +28,12 @@ from spine import problems
 from transformers import Qwen2Config
 
 from tiny_reason import rwkv
-from tiny_reason.bench import machine, memory, some_text
+from tiny_reason.bench import memory, some_text
+from tiny_reason.lib.device import machine
 from tiny_reason.data import GROUPS, prepare
-from tiny_reason.eval import Batch, chooser, evaluate
-from tiny_reason.files import find_base, load_tokenizer
+from tiny_reason.eval import evaluate
+from tiny_reason.lib.decode import Batch, chooser
+from tiny_reason.lib.folders import find_base, load_tokenizer
 from tiny_reason.model import load_base
 from tiny_reason.pretrain import (Plan, as_function, easy_first,
                                   make_optimizers, pretrain, rows, train_step)

@@ -81,7 +81,8 @@ def run_part(name, sections, lab, minutes, out):
 
 def described(lab):
     import torch
-    from tiny_reason.record import PACKAGES, device_name
+    from tiny_reason.lib.card import PACKAGES
+    from tiny_reason.lib.device import device_name
     name = device_name(torch.device(lab.device))
     if lab.on_gpu: name += f", {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB"
     return dict(device=name, smoke=lab.smoke,

@@ -10,10 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from tiny_reason.data import prepare
-from tiny_reason.files import find_base, load_tokenizer
-from tiny_reason.model import (compute_dtype, load_base, loaded_bytes,
-                               memory_budget)
-from tiny_reason.train import ChunkedLoss, row_order, sft_config
+from tiny_reason.lib.folders import find_base, load_tokenizer
+from tiny_reason.lib.layers import loaded_bytes
+from tiny_reason.model import compute_dtype, load_base, memory_budget
+from tiny_reason.lib.fast import ChunkedLoss
+from tiny_reason.train import row_order, sft_config
 
 FULL = dict(
     rows=2000, steps=20, warm=3, rounds=3, recipe=250, # training

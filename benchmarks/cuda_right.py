@@ -12,10 +12,11 @@ from benchmarks import memory
 from benchmarks.cuda_lab import (T4_BYTES, beside, like_a_t4, quiet,
                                  room, short)
 from tiny_reason.data import prepare
-from tiny_reason.eval import rows_that_fit
-from tiny_reason.model import (add_lora, compute_dtype, load_base,
-                               loaded_bytes, merge)
-from tiny_reason.train import Stopped, sft_config, train
+from tiny_reason.lib.decode import rows_that_fit
+from tiny_reason.lib.layers import loaded_bytes
+from tiny_reason.model import add_lora, compute_dtype, load_base, merge
+from tiny_reason.lib.checkpoints import Stopped
+from tiny_reason.train import sft_config, train
 
 ROOT = Path(__file__).resolve().parents[1]
 

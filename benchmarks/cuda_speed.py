@@ -10,7 +10,7 @@ import tiny_reason.data
 from benchmarks import generate, train as columns
 from benchmarks.cuda_lab import beside, held, like_a_t4
 from tiny_reason.data import build_prompt, encode, load_problems
-from tiny_reason.eval import end_ids, generate_ids
+from tiny_reason.lib.decode import end_ids, generate_ids
 from tiny_reason.model import add_lora, compute_dtype, load_base, merge
 from tiny_reason.train import RECIPE, sft_config, train
 

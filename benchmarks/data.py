@@ -9,8 +9,9 @@ import time
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
-from tiny_reason.data import (SYSTEM_PROMPT, encode_problems, encode_texts,
-                              make_problems, prepare)
+from tiny_reason.data import (SYSTEM_PROMPT, encode_problems, make_problems,
+                              prepare)
+from tiny_reason.lib.prompts import encode_texts
 
 
 def plain(tokenizer):

@@ -20,7 +20,7 @@ import transformers
 from transformers import GenerationConfig
 
 from tiny_reason.data import build_prompt, load_problems
-from tiny_reason.eval import end_ids, generate_ids
+from tiny_reason.lib.decode import end_ids, generate_ids
 from tiny_reason.model import load_base, merge
 
 

@@ -18,7 +18,8 @@ import re
 from fractions import Fraction
 from time import perf_counter
 
-from tiny_reason.grading import flexible, is_correct, strict
+from tiny_reason.eval import flexible, strict
+from tiny_reason.lib.answers import is_correct
 
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve "
         "thirteen fourteen fifteen sixteen seventeen eighteen nineteen").split()

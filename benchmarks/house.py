@@ -64,7 +64,9 @@ def mentions(trees):
 def shelf(module):
     "lib, app, or lesson."
     first = module.partition(".")[0]
-    return first if first in SHELVES else "lesson"
+    # `cli` lies at the top because its name is in `console_scripts`
+    return "app" if first in ("app", "cli") else (
+        first if first in SHELVES else "lesson")
 
 
 def imports(trees):

@@ -69,8 +69,8 @@ def main():
     with get_context("spawn").Pool(os.cpu_count()) as pool:
         for name, result in pool.imap_unordered(one_run, jobs):
             found[name].append(result)
-    from tiny_reason.files import find_base
-    from tiny_reason.record import file_hash
+    from tiny_reason.lib.folders import find_base
+    from tiny_reason.lib.disk import file_hash
     weights = file_hash(find_base(options.base)[0] + "/model.safetensors")
     base = [r["accuracy"] for r in found["the recipe"]]
     print(f"{options.steps} steps of 8 on the student (weights "

@@ -15,8 +15,8 @@ from time import perf_counter
 from spine import arguments, problems
 
 from tiny_reason.data import GROUPS, build_prompt, load_problems, prepare
-from tiny_reason.distill import (filter_traces, generate_traces,
-                                 local_teacher, read_traces)
+from tiny_reason.distill import filter_traces, generate_traces, local_teacher
+from tiny_reason.lib.journal import read_traces
 from tiny_reason.eval import (evaluate, majority, mcnemar, self_consistency,
                               wilson)
 from tiny_reason.model import add_lora, load_base, merge

@@ -20,10 +20,10 @@ from transformers import (AutoModelForCausalLM, LlamaConfig, Qwen2Config,
                           logging)
 from trl.trainer.utils import add_fused_lm_head
 
-from tiny_reason.files import find_base
-from tiny_reason.model import (add_lora, adapter_bytes, empty_model, load_base,
-                               loaded_bytes, memory_budget, peak_bytes,
-                               saved_bytes, weight_bytes)
+from tiny_reason.lib.folders import find_base
+from tiny_reason.lib.layers import empty_model, loaded_bytes, weight_bytes
+from tiny_reason.memory import adapter_bytes, peak_bytes, saved_bytes
+from tiny_reason.model import add_lora, load_base, memory_budget
 
 QWEN = dict(hidden_size=1536, num_attention_heads=12, num_key_value_heads=2,
             intermediate_size=8960, vocab_size=151_936,

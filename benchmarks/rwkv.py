@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from tiny_reason import rwkv
-from tiny_reason.model import saved_bytes
+from tiny_reason.memory import saved_bytes
 
 
 def inputs(rows, heads, tokens, size):

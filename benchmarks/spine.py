@@ -16,8 +16,7 @@ import datasets
 import transformers
 
 from tiny_reason.data import GROUPS, load_problems, prepare
-from tiny_reason.eval import (evaluate, mcnemar, perplexity, strict,
-                              wilson)
+from tiny_reason.eval import evaluate, mcnemar, perplexity, strict, wilson
 from tiny_reason.model import add_lora, load_base, merge
 from tiny_reason.train import sft_config, train
 

@@ -1,6 +1,6 @@
 """Speed of one answer at batch 1; prints a table for benchmarks/stream.md.
 
-Our `demo.stream` beside transformers' own TextIteratorStreamer, for the live NF4
+Our `stream.stream` beside transformers' own TextIteratorStreamer, for the live NF4
 model with an adapter and for the same model merged. The four take turns on each
 question, so that a busy moment of the machine hits all of them. Each answer has
 64 tokens exactly: the end tokens are forbidden to both.
@@ -16,9 +16,9 @@ from transformers import (GenerationConfig, LogitsProcessorList,
                           SuppressTokensLogitsProcessor,
                           TextIteratorStreamer)
 
-from tiny_reason import demo
+from tiny_reason.lib import decode, stream
 from tiny_reason.data import build_prompt, make_problems
-from tiny_reason.eval import end_ids
+from tiny_reason.lib.decode import end_ids
 from tiny_reason.model import add_lora, load_base, load_tuned, merge
 
 TOKENS = 64
@@ -27,7 +27,7 @@ TOKENS = 64
 def ours(model, tokenizer, question):
     "(seconds to the first token, tokens a second after it, seconds, text)"
     pace, start = {}, time.perf_counter()
-    text = "".join(demo.stream(model, tokenizer, question, TOKENS, 0,
+    text = "".join(stream.stream(model, tokenizer, question, TOKENS, 0,
                                pace=pace))
     assert pace["tokens"] == TOKENS
     rate = (TOKENS - 1) / (pace["seconds"] - pace["first"])
@@ -69,11 +69,11 @@ def theirs(model, tokenizer, question):
 def without_end(model, tokenizer):
     "Forbid the end tokens to our decoder, as `theirs` does to transformers."
     ends = torch.tensor(end_ids(model, tokenizer), device=model.device)
-    usual = demo.chooser
+    usual = decode.chooser
     def chooser(*args):
         choose = usual(*args)
         return lambda scores: choose(scores.index_fill(1, ends, -torch.inf))
-    demo.chooser = chooser
+    decode.chooser = chooser
 
 
 def main():
@@ -116,7 +116,7 @@ def report(rows, same, model, args):
         first = [1000 * x for x in first]
         def cell(xs): return (f"{statistics.median(xs):.0f} "
                               f"({min(xs):.0f}–{max(xs):.0f})")
-        label = {ours: "`demo.stream`", theirs: "`TextIteratorStreamer`"}[how]
+        label = {ours: "`stream.stream`", theirs: "`TextIteratorStreamer`"}[how]
         print(f"| {name} | {label} | {cell(first)} | {cell(rate)} "
               f"| {same[name]} of {args.n} |")
 

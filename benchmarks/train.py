@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tiny_reason import train as lesson
 from tiny_reason.data import prepare
-from tiny_reason.files import find_base, load_tokenizer
+from tiny_reason.lib.folders import find_base, load_tokenizer
 from tiny_reason.model import add_lora, compute_dtype, load_base
 
 STEPS, WARM, BATCH = 20, 3, 8

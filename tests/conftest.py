@@ -25,7 +25,7 @@ def base(tmp_path_factory):
     "A folder with a one-layer model of Qwen2's architecture, random weights."
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    from tiny_reason.files import find_base, load_tokenizer
+    from tiny_reason.lib.folders import find_base, load_tokenizer
     student, folder = find_base("student")[0], tmp_path_factory.mktemp("base")
     config = AutoConfig.from_pretrained(student)
     config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
@@ -37,7 +37,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from tiny_reason.files import find_base, load_tokenizer
+    from tiny_reason.lib.folders import find_base, load_tokenizer
     return load_tokenizer(find_base("student")[0])
 
 

@@ -15,8 +15,9 @@ from hypothesis import given, settings, strategies as st
 from statsmodels.stats.multitest import multipletests
 
 from tiny_reason import bench as b
+from tiny_reason.lib import cells, folders, loading, stats
 from tiny_reason.data import make_problems
-from tiny_reason.files import find_base, load_tokenizer
+from tiny_reason.lib.folders import find_base, load_tokenizer
 from tiny_reason.model import add_lora, load_base
 from tiny_reason.rwkv import RWKV7Config, RWKV7ForCausalLM
 
@@ -44,7 +45,7 @@ def cells_of(folder):
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_holm_is_statsmodels(ps):
     theirs = multipletests(ps, method="holm")[1]
-    assert b.holm(ps) == pytest.approx(list(theirs), abs=1e-12)
+    assert stats.holm(ps) == pytest.approx(list(theirs), abs=1e-12)
 
 
 @settings(max_examples=50, deadline=None)
@@ -85,8 +86,8 @@ def test_every_kind_of_folder(base, rwkv_folder, tokenizer, tmp_path):
     model.save_pretrained(adapter)
     (adapter / "experiment_config.yaml").write_text(
         "data: {style: instruction}\nmodel: {four_bit: true}\n")
-    state, _, style = b.load_any_model(f"{rwkv_folder}:think", "cpu")
-    assert (state.config.model_type, style) == (b.RWKV, "think")
+    state, _, style = loading.load_any_model(f"{rwkv_folder}:think", "cpu")
+    assert (state.config.model_type, style) == (folders.RWKV, "think")
     tuned = add_lora(state, r=2)
     with torch.no_grad():
         for name, p in tuned.named_parameters():
@@ -98,7 +99,7 @@ def test_every_kind_of_folder(base, rwkv_folder, tokenizer, tmp_path):
                             str(tmp_path / "state adapter")], "cpu")
     assert [e[2] for e in loaded.values()] == [
         "question", "instruction", "question", "think"]
-    plain = b.load_any_model(str(rwkv_folder), "cpu")[0]
+    plain = loading.load_any_model(str(rwkv_folder), "cpu")[0]
     ids = torch.tensor([[5, 6, 7]])
     with torch.inference_mode():
         logits = [m(ids).logits for m in (
@@ -115,7 +116,7 @@ def test_every_kind_of_folder(base, rwkv_folder, tokenizer, tmp_path):
 def test_damaged_folders(text, words, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises((ValueError, OSError), match=words) as e:
-        b.load_any_model(str(tmp_path), "cpu")
+        loading.load_any_model(str(tmp_path), "cpu")
     assert str(tmp_path) in str(e.value)
 
 
@@ -134,28 +135,28 @@ def test_bad_lists_of_models(models):
 
 def test_every_part_of_the_identity_counts(models, tokenizer, tmp_path):
     name, (model, _, _) = next(iter(models.items()))
-    told = b.model_identity(model, tokenizer, "question")
+    told = cells.model_identity(model, tokenizer, "question")
     last = list(model.parameters())[-1]
     with torch.no_grad(): last[-1] += 1e-6
-    assert b.model_identity(model, tokenizer, "question") != told
+    assert cells.model_identity(model, tokenizer, "question") != told
     with torch.no_grad(): last[-1] -= 1e-6
     other = load_tokenizer(find_base("student")[0])
     other.chat_template = "{{ messages }}"
-    assert b.model_identity(model, other, "question") != told
+    assert cells.model_identity(model, other, "question") != told
     model.config.rope_parameters = dict(rope_theta=5, rope_type="default")
-    assert b.model_identity(model, tokenizer, "question") != told
+    assert cells.model_identity(model, tokenizer, "question") != told
     path = tmp_path / "p.jsonl"
     task = partial(b.accuracy, source=str(path))
-    path.write_text("one"); first = b.task_identity(task)
+    path.write_text("one"); first = cells.task_identity(task)
     path.write_text("two")
-    assert b.task_identity(task) != first
+    assert cells.task_identity(task) != first
     def layers_(model, tokenizer, rows): return {"n": len(rows)}
     given, more = (partial(layers_, rows=make_problems(n)) for n in (3, 4))
-    assert b.task_identity(given) != b.task_identity(more)
+    assert cells.task_identity(given) != cells.task_identity(more)
     def same_name(body):
         space = {}
         exec(f"def t(model, tokenizer): return {{'x': {body}}}", space)
-        return b.task_identity(space["t"])
+        return cells.task_identity(space["t"])
     assert same_name("1") == same_name("1") != same_name("2")
 
 
@@ -163,17 +164,17 @@ def test_a_changed_grader_is_another_task(tmp_path, monkeypatch):
     "Whatever a task calls of this package is part of what it is."
     package = shutil.copytree(files("tiny_reason"), tmp_path / "package")
     monkeypatch.setattr(b, "files", lambda name: package, raising=False)
-    told, own = (b.task_identity(t) for t in (b.TASKS["taught"], layers))
+    told, own = (cells.task_identity(t) for t in (b.TASKS["taught"], layers))
     for name, was, now in (("grading.py", "value == want", "value != want"),
                            ("data.py", "Final Answer:", "Answer:"),
                            ("stories.yaml", "buys", "gets")):
         text = (package / name).read_text()
         assert was in text
         (package / name).write_text(text.replace(was, now))
-        assert b.task_identity(b.TASKS["taught"]) != told
-        assert b.task_identity(layers) != own # which may call anything
+        assert cells.task_identity(b.TASKS["taught"]) != told
+        assert cells.task_identity(layers) != own # which may call anything
         (package / name).write_text(text)
-    assert b.task_identity(b.TASKS["taught"]) == told
+    assert cells.task_identity(b.TASKS["taught"]) == told
 
 
 def test_only_what_changed_is_run_again(models, tmp_path):
@@ -186,7 +187,7 @@ def test_only_what_changed_is_run_again(models, tmp_path):
     assert {k[1] for k in before if before[k] != after[k]} == {"few"}
     assert report.notes == [f"{m}, few: run again; changed: settings"
                             for m in models]
-    path = b.cell_path(tmp_path / "b", one, "layers")
+    path = cells.cell_path(tmp_path / "b", one, "layers")
     for text in ("", "[]", "null", '{"identity": 3, "error": "", "rows": {}}'):
         path.write_text(text)
         report = b.bench(models, few, tmp_path / "b", resume=True)
@@ -258,7 +259,7 @@ def test_rows_that_are_none(rows, models):
 
 
 def test_a_context_beyond_the_model(base, tmp_path):
-    model, tokenizer, style = b.load_any_model(str(base), "cpu")
+    model, tokenizer, style = loading.load_any_model(str(base), "cpu")
     model.config.max_position_embeddings = 64
     report = b.bench({"m": (model, tokenizer, style)}, b.named_tasks(
         ["familiar", "perplexity", "speed", "memory"], 2), tmp_path)
@@ -280,14 +281,14 @@ def test_other_folders(models, tmp_path):
 @settings(max_examples=30, deadline=None)
 @given(st.text(min_size=1, max_size=60), st.text(min_size=1, max_size=60))
 def test_any_name_gives_a_file_of_its_own(a, c):
-    one, two = b.cell_path("f", a, "t"), b.cell_path("f", c, "t")
+    one, two = cells.cell_path("f", a, "t"), cells.cell_path("f", c, "t")
     assert one.parent == two.parent == Path("f/cells")
     assert (a == c) == (one == two)
 
 
 def test_the_peak_and_the_state_in_16_bit(rwkv_folder):
     "The matrices stay fp32 where the rows are bf16; the formula knows."
-    model, tokenizer, _ = b.load_any_model(str(rwkv_folder), "cpu")
+    model, tokenizer, _ = loading.load_any_model(str(rwkv_folder), "cpu")
     rows = b.memory(model.bfloat16(), tokenizer, (32, 48))
     assert rows["bytes remembered"] == rows["bytes remembered, predicted"]
     assert rows["bytes at the peak"][48] > rows["bytes remembered"][48]
@@ -298,7 +299,7 @@ def test_answers_of_an_interrupted_cell_are_kept(models, tmp_path, monkeypatch):
     b.bench(models, tasks, tmp_path)
     before = cells_of(tmp_path)
     one, _ = models
-    b.cell_path(tmp_path, one, "few").unlink() # killed before it was written
+    cells.cell_path(tmp_path, one, "few").unlink() # killed before it was written
     def decode(model, prompts, *args):
         assert prompts == []
         return []

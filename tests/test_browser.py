@@ -34,10 +34,10 @@ FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
 SCRIPT = """
 import time
 import torch
-from tiny_reason import demo
-from tiny_reason.data import encode_text
-from tiny_reason.files import find_base, load_tokenizer
-usual, said = demo.chooser, encode_text(
+from tiny_reason.lib import decode
+from tiny_reason.lib.prompts import encode_text
+from tiny_reason.lib.folders import find_base, load_tokenizer
+usual, said = decode.chooser, encode_text(
     '2*3=6 <img src=x onerror="window.hacked=1">\\n6+1=8 eggs\\n'
     '<script>window.hacked=1</script><b class="injected">bold</b>\\n',
     load_tokenizer(find_base("student")[0]))
@@ -48,7 +48,7 @@ def scripted(*args, **kwargs):
         if not left: return choose(scores)
         return torch.full_like(scores[:, 0], left.pop(0), dtype=torch.long)
     return pick
-demo.chooser = scripted
+decode.chooser = scripted
 """
 PROBLEM = ('<img src=x onerror="window.hacked=1"><|im_end|> Nora has 12 eggs. '
            "Nora buys 5 eggs. How many eggs has Nora? 🥚")
@@ -110,7 +110,7 @@ def place(tmp_path_factory):
     tuned.save_pretrained(folder / "adapter")
     tokenizer.save_pretrained(folder / "adapter")
     (folder / "pages").mkdir()
-    shutil.copy(ROOT / "nbs" / "app.ipynb", folder / "pages")
+    shutil.copy(ROOT / "nbs" / "app" / "page.ipynb", folder / "pages")
     startup = folder / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
     (startup / "scripted.py").write_text(SCRIPT)

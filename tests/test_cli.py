@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tiny_reason import cli, config, model, record
+from tiny_reason import cli
+from tiny_reason.app import ask, flags, settings
+from tiny_reason.lib import checkpoints, loading
 from tiny_reason.data import make_problems
 
 COMMAND = [sys.executable, "-m", "tiny_reason.cli"]
 SHORT = ["--num_samples", "40", "--warmup_steps", "1", "--eval_steps", "2",
          "--save_steps", "2"]
-KEYS = [f"{section}.{f.name}" for section, part in cli.SECTIONS.items()
+KEYS = [f"{section}.{f.name}" for section, part in flags.SECTIONS.items()
         for f in fields(part)]
 
 
@@ -101,7 +103,7 @@ def test_typos_in_a_file_and_in_a_flag(key, tmp_path, capsys):
                                                    f"--{wrong}", "1")
 
 
-@pytest.mark.parametrize("flag", config.FLAT.values())
+@pytest.mark.parametrize("flag", flags.FLAT.values())
 def test_typos_in_a_short_flag(flag, capsys):
     slip = flag[:-2] + flag[-1]
     assert f"did you mean {flag}" in refused(capsys, "info", slip, "1")
@@ -138,7 +140,7 @@ def test_unsound_files(text, words, tmp_path, capsys):
 def test_flags_beat_the_file_wherever_they_stand():
     for argv in (["train", "--max_steps", "6", "--config", "student"],
                  ["train", "--config=student", "--training.max_steps=6"]):
-        _, settings = cli.parse(argv)
+        _, settings = flags.parse(argv)
         assert settings.training.max_steps == 6
         assert settings.training.learning_rate == 4e-3
         assert type(settings.training.max_steps) is int
@@ -149,9 +151,9 @@ def test_every_bundled_configuration_is_sound():
     names = sorted(p.stem for p in folder.glob("*.yaml"))
     assert names == ["distill", "pretrain", "qwen2.5-1.5b", "student",
                      "tinyllama-1.1b"]
-    cli.parse(["pretrain", "--config", "pretrain"])
+    flags.parse(["pretrain", "--config", "pretrain"])
     for name in set(names) - {"pretrain"}:
-        _, settings = cli.parse(["train", "--config", name])
+        _, settings = flags.parse(["train", "--config", name])
         t = settings.training
         assert t.batch_size * t.gradient_accumulation_steps == 8
         assert (t.max_steps, t.warmup_steps, t.eval_steps) == (250, 50, 50)
@@ -161,11 +163,11 @@ def test_every_bundled_configuration_is_sound():
 
 def test_the_resolved_configuration_gives_itself(tmp_path):
     path = tmp_path / "config.yaml"
-    _, settings = cli.parse(["train", "--config", "qwen2.5-1.5b",
+    _, settings = flags.parse(["train", "--config", "qwen2.5-1.5b",
                              "--lora.target_modules", '["q_proj"]'])
-    path.write_text(yaml.safe_dump(cli.plain(settings)))
-    _, again = cli.parse(["train", "--config", str(path)])
-    assert cli.plain(again) == cli.plain(settings)
+    path.write_text(yaml.safe_dump(settings.plain(settings)))
+    _, again = flags.parse(["train", "--config", str(path)])
+    assert settings.plain(again) == settings.plain(settings)
 
 
 # Errors of a run
@@ -230,7 +232,7 @@ def test_train_evaluate_chat(base, tmp_path, capsys, monkeypatch):
     card = folder / "config.yaml"
     assert yaml.safe_load(card.read_text())["training"]["max_steps"] == 4
 
-    merged, real = [], model.merge
+    merged, real = [], loading.merge
 
     def alone(*args): # a card of 6 GB has no room for two
         assert not [ref for ref in merged if ref()]
@@ -325,7 +327,7 @@ def test_a_text_to_continue_is_taken_to_the_letter(monkeypatch):
     from io import StringIO
     def asked(mode, prompt=None, piped=""):
         monkeypatch.setattr(sys, "stdin", StringIO(piped))
-        return cli.asked_text(SimpleNamespace(mode=mode, prompt=prompt))
+        return ask.asked_text(SimpleNamespace(mode=mode, prompt=prompt))
     for text in ("### Answer:\n", " 2 eggs  "):
         assert asked("generate", text) == asked("generate", None, text) == text
         assert asked("chat", text) == asked("reasoning", None, text) == (
@@ -388,7 +390,7 @@ def test_a_signal_says_how_to_go_on(sent, code, base, tmp_path, capsys):
     last = said.strip().splitlines()[-1]
     assert "tiny_reason: interrupted." in last
     assert f"train --config {out}/config.yaml --resume" in last
-    assert record.last_checkpoint(out) in last
+    assert checkpoints.last_checkpoint(out) in last
 
     again = ["train", "--config", str(out / "config.yaml")]
     assert cli.main(again) == 1
@@ -484,7 +486,7 @@ SMALL = ["--preset", "student", "--batch_size", "1", "--row_length", "32"]
 
 def test_the_presets_that_can_be_named_are_those_there_are():
     from tiny_reason import pretrain
-    assert config.PRESETS == pretrain.PRESETS
+    assert flags.PRESETS == pretrain.PRESETS
 
 
 def test_pretrain_on_problems_of_ones_own(tmp_path, capsys, monkeypatch):
@@ -554,7 +556,7 @@ def test_pretrain_interrupted_and_gone_on_with(tmp_path, capsys):
     finally: process.kill()
     assert process.returncode == 130 and "Traceback" not in said
     assert "To go on: the same command with --resume" in said
-    assert record.last_checkpoint(out) in said
+    assert checkpoints.last_checkpoint(out) in said
     assert not (out / "model.safetensors").exists()
     assert cli.main([*flags, "--save_steps", "200"]) == 1 # neither flag
     assert cli.main([*flags, "--save_steps", "200", "--resume"]) == 0

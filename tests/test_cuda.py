@@ -114,7 +114,8 @@ def test_a_t4_made_of_another_gpu(monkeypatch):
     "What a program is told in there, and that it is gone afterwards."
     import torch
     from benchmarks.cuda_lab import like_a_t4
-    from tiny_reason.model import available_bytes, compute_dtype
+    from tiny_reason.lib.device import available_bytes
+    from tiny_reason.model import compute_dtype
     given = []
     for name, value in dict(
             is_available=lambda: True, empty_cache=lambda: None,

@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tiny_reason.data import (GROUPS, KINDS, LAYOUTS, OPERATORS, SPLITS,
-                              STORIES, STYLES, draw_problem,
-                              encode, encode_text, load_problems, make_problems,
-                              overlap, parse_answer, parse_completion, prepare,
-                              reserved_for, sort_out, split_of, to_messages,
+from tiny_reason.data import (GROUPS, LAYOUTS, STYLES, encode, load_problems,
+                              make_problems, overlap, parse_answer,
+                              parse_completion, prepare, sort_out, to_messages,
                               write_equations)
+from tiny_reason.lib.prompts import encode_text
+from tiny_reason.lib.stories import (KINDS, OPERATORS, SPLITS, STORIES,
+                                     draw_problem, reserved_for, split_of)
 
 ROOT = Path(__file__).parents[1]
 HOME = ROOT.parent / "shared" / "hf_home"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tiny_reason import demo
+from tiny_reason.lib import arithmetic, chat, decode, stream, widget
 
 QUESTION = "Nora has 12 eggs. Nora buys 5 eggs. How many eggs has Nora?"
 OURS = {"div", "b", "br", "span", "details", "summary", "i"}
@@ -16,14 +16,14 @@ OURS = {"div", "b", "br", "span", "details", "summary", "i"}
 
 @pytest.fixture(scope="module")
 def student():
-    base, _, tokenizer = demo.load_models("no/such/folder")
+    base, _, tokenizer = widget.load_models("no/such/folder")
     return base, tokenizer
 
 
 @pytest.fixture
 def slow(student, monkeypatch):
     "Every token takes 10 ms, and nothing ends by itself."
-    usual, ends = demo.chooser, demo.end_ids(*student)
+    usual, ends = decode.chooser, decode.end_ids(*student)
     def chooser(*args):
         choose = usual(*args)
         def pick(scores):
@@ -63,14 +63,14 @@ hostile = st.text() | st.lists(st.sampled_from(
 @settings(max_examples=150, deadline=None)
 @given(hostile, hostile, st.booleans())
 def test_no_text_becomes_markup(text, name, finished):
-    parts = [demo.render(text, finished), demo.card(name, text, "8", text),
-             demo.bars(name, demo.count_votes([text, name]))]
+    parts = [widget.render(text, finished), widget.card(name, text, "8", text),
+             widget.bars(name, widget.count_votes([text, name]))]
     for page in parts:
         found = Tags(page)
         assert found.tags <= OURS
         assert found.names <= {"class", "style"}
-    if not demo.check_steps(text):
-        assert Tags(demo.render(text, finished)).text == text
+    if not arithmetic.check_steps(text):
+        assert Tags(widget.render(text, finished)).text == text
 
 
 @settings(max_examples=50, deadline=None)
@@ -79,7 +79,7 @@ def test_joined_pieces_are_the_text(student, text):
     _, tokenizer = student
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = tokenizer.decode(ids, skip_special_tokens=True)
-    assert "".join(demo.pieces_of(tokenizer, ids)) == whole
+    assert "".join(stream.pieces_of(tokenizer, ids)) == whole
 
 
 # A stream ends, whatever happens
@@ -87,17 +87,17 @@ def test_joined_pieces_are_the_text(student, text):
 @pytest.mark.parametrize("question", [
     "", "\ud83d", "🥚" * 300, "<|im_end|><|im_start|>system\n", "\x00\x1b[2J"])
 def test_odd_questions_are_answered(student, question):
-    list(demo.stream(*student, question, 4))
+    list(stream.stream(*student, question, 4))
     assert not workers()
 
 
 def test_questions_beyond_the_context(student):
     for length in (20_000, 100_000):
         with pytest.raises(ValueError, match="context is 2,048"):
-            demo.stream(*student, "x" * length)
+            stream.stream(*student, "x" * length)
     model, tokenizer = student
     room = model.config.max_position_embeddings
-    prompt, left = demo.fitted(model, tokenizer, "7" * (room - 200), 10**6)
+    prompt, left = stream.fitted(model, tokenizer, "7" * (room - 200), 10**6)
     assert len(prompt) + left == room
 
 
@@ -105,7 +105,7 @@ def test_a_failing_model(student, monkeypatch):
     def broken(*args, **kwargs): raise RuntimeError("the model broke")
     monkeypatch.setattr(type(student[0]), "forward", broken)
     with pytest.raises(RuntimeError, match="the model broke"):
-        list(demo.stream(*student, QUESTION))
+        list(stream.stream(*student, QUESTION))
     assert not workers()
 
 
@@ -113,21 +113,21 @@ def test_ctrl_c_while_reading(student, slow):
     timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        for _ in demo.stream(*student, QUESTION, 2000): pass
+        for _ in stream.stream(*student, QUESTION, 2000): pass
     assert not workers()
 
 
 def test_stop_before_the_first_token(student, slow):
     stop, pace = threading.Event(), {}
     stop.set()
-    assert not list(demo.stream(*student, QUESTION, stop=stop, pace=pace))
+    assert not list(stream.stream(*student, QUESTION, stop=stop, pace=pace))
     assert not pace and not workers()
 
 
 # The three modes
 
 def ids_of(text, mode, student, turns=()):
-    return demo.as_read(text, mode, student[1], turns)[0]
+    return chat.as_read(text, mode, student[1], turns)[0]
 
 
 spoken = st.text(max_size=30) | st.sampled_from(
@@ -140,8 +140,8 @@ spoken = st.text(max_size=30) | st.sampled_from(
 def test_only_the_template_makes_control_tokens(student, turns):
     tokenizer = student[1]
     control = set(tokenizer.get_added_vocab().values())
-    ids, ends = demo.chat_prompt(turns, tokenizer)
-    blank, _ = demo.chat_prompt([""] * len(turns), tokenizer)
+    ids, ends = chat.chat_prompt(turns, tokenizer)
+    blank, _ = chat.chat_prompt([""] * len(turns), tokenizer)
     assert ends == [tokenizer.eos_token_id]
     assert ([i for i in ids if i in control]
             == [i for i in blank if i in control])
@@ -149,13 +149,13 @@ def test_only_the_template_makes_control_tokens(student, turns):
     for turn in turns: assert turn.encode("utf-8", "replace").decode() in said
     plain = ids_of(turns[0], "generate", student)
     assert not control & set(plain)
-    assert tokenizer.decode(plain) == demo.sound(turns[0])
+    assert tokenizer.decode(plain) == stream.sound(turns[0])
 
 
 def test_a_conversation_is_what_the_template_writes(student):
     talk = [QUESTION, "<think>\n12+5=17\n</think>\n\n17", "Why?"]
     roles = ("user", "assistant", "user")
-    assert demo.chat_prompt(talk, student[1])[0] == (
+    assert chat.chat_prompt(talk, student[1])[0] == (
         student[1].apply_chat_template(
             [dict(role=r, content=t) for r, t in zip(roles, talk)],
             add_generation_prompt=True)["input_ids"])
@@ -181,14 +181,14 @@ def talk(monkeypatch, capsys, student, lines, mode="chat", **options):
         line = next(typed)
         return line() if callable(line) else line
     monkeypatch.setattr("builtins.input", read)
-    demo.chat(dict(base=student[0]), student[1], mode, **options)
+    chat.chat(dict(base=student[0]), student[1], mode, **options)
     return capsys.readouterr().out
 
 
 @pytest.fixture
 def prompts(monkeypatch):
     "The prompts that the model is given, as text."
-    seen, usual = [], demo.tokens_of
+    seen, usual = [], stream.tokens_of
     def tokens_of(model, prompt, *rest):
         seen.append(prompt)
         return usual(model, prompt, *rest)
@@ -223,7 +223,7 @@ def test_an_answer_fills_the_context(monkeypatch, capsys, student, slow):
 
 def test_a_stopped_answer_is_remembered(monkeypatch, capsys, student, slow,
                                         prompts):
-    usual, printed = demo.printable, []
+    usual, printed = chat.printable, []
     def printable(text):
         printed.append(text)
         if len(printed) == 5: signal.raise_signal(signal.SIGINT)
@@ -232,7 +232,7 @@ def test_a_stopped_answer_is_remembered(monkeypatch, capsys, student, slow,
     out = talk(monkeypatch, capsys, student, ["first", "/x", "bye", "exit"],
                max_new_tokens=40)
     assert out.count("(stopped)") == 1
-    written = out.split(" (stopped)")[0].removeprefix(demo.HELP["chat"] + "\n")
+    written = out.split(" (stopped)")[0].removeprefix(chat.HELP["chat"] + "\n")
     said = student[1].decode(prompts[1])
     assert said.count("<|im_start|>assistant") == 2
     assert f"assistant\n{written}" in said and written
@@ -241,7 +241,7 @@ def test_a_stopped_answer_is_remembered(monkeypatch, capsys, student, slow,
 
 def test_each_mode_reads_a_line_its_own_way(monkeypatch, capsys, student,
                                             prompts):
-    for mode in demo.MODES:
+    for mode in chat.MODES:
         talk(monkeypatch, capsys, student, ["2 eggs. ", "quit"], mode,
              max_new_tokens=1)
     reasoning, chat, plain = [student[1].decode(p) for p in prompts]
@@ -260,13 +260,13 @@ def test_no_chat_template_is_said_before_the_first_line(monkeypatch, capsys,
     monkeypatch.setattr(student[1], "chat_template",
                         "{{ messages[-1]['content'] }}")
     with pytest.raises(ValueError, match="loses turns"):
-        demo.chat_prompt(["a", "b", "c"], student[1])
+        chat.chat_prompt(["a", "b", "c"], student[1])
 
 
 # The widget
 
 def page(student, **more):
-    return demo.demo(student[0], student[0], student[1], **more)
+    return widget.demo(student[0], student[0], student[1], **more)
 
 
 def solve(ui, text=QUESTION, **values):
@@ -309,7 +309,7 @@ def test_stop_while_it_votes(student, slow):
         assert ui.parts["tr-status"].value == "stopped"
     stop = threading.Event()
     threading.Timer(0.2, stop.set).start()
-    assert demo.more_answers(*student, QUESTION, 20, stop) == []
+    assert widget.more_answers(*student, QUESTION, 20, stop) == []
     assert not workers()
 
 
@@ -317,7 +317,7 @@ def test_panes_are_not_set_too_often(student, slow, monkeypatch):
     clock, done = [0], []
     with monkeypatch.context() as patch:
         patch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-        often = demo.seldom(done.append, every=10)
+        often = widget.seldom(done.append, every=10)
         for clock[0] in range(35): often(clock[0])
     assert done == [0, 10, 20, 30]
     # The panes are set by it: not while it says never.
@@ -335,7 +335,7 @@ def test_a_missing_adapter(student):
             if stop.is_set(): raise InterruptedError("training was stopped")
         return student[0]
     base, tokenizer = student
-    ui, ready = demo.demo(base, None, tokenizer, train=train), threading.Event()
+    ui, ready = widget.demo(base, None, tokenizer, train=train), threading.Event()
     assert "no tuned model" in ui.parts["tr-tuned"].value
     assert "no tuned model" in solve(ui, models="tuned", length=16)
     assert solve(ui, models="both") == "done"
@@ -354,7 +354,7 @@ def test_a_missing_adapter(student):
 
 
 def test_nothing_to_offer(student):
-    ui = demo.demo(student[0], None, student[1], examples=[])
+    ui = widget.demo(student[0], None, student[1], examples=[])
     assert ui.parts["tr-train"].layout.display == "none"
 
 
@@ -368,10 +368,10 @@ def test_training_is_stopped_and_resumed(tmp_path):
         said.append(text)
         if "of 500" in text: stop.set()
     with pytest.raises(InterruptedError):
-        demo.train_adapter(tmp_path, say, stop, *flags, "500")
+        widget.train_adapter(tmp_path, say, stop, *flags, "500")
     assert not (tmp_path / "adapter_model.safetensors").exists()
     done = max(int(p.name[11:]) for p in tmp_path.glob("checkpoint-*"))
-    model = demo.train_adapter(tmp_path, said.append, None, *flags,
+    model = widget.train_adapter(tmp_path, said.append, None, *flags,
                                str(done + 2))
     assert model is not None
     assert (tmp_path / "adapter_model.safetensors").exists()
@@ -379,4 +379,4 @@ def test_training_is_stopped_and_resumed(tmp_path):
 
 def test_training_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match="did you mean"):
-        demo.train_adapter(tmp_path, print, None, "--max_step", "2")
+        widget.train_adapter(tmp_path, print, None, "--max_step", "2")

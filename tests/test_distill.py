@@ -19,14 +19,16 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from tiny_reason import distill
+from tiny_reason.lib import teachers
 from tiny_reason.data import build_prompt, load_problems, prepare, to_messages
-from tiny_reason.distill import (LARGEST, SETTINGS, Teacher, endpoint_teacher,
-                                 filter_traces, generate_traces, read_traces,
-                                 split_trace, trace_of, varied)
-from tiny_reason.eval import end_ids, generate_ids, text_of
-from tiny_reason.files import find_base, load_tokenizer
-from tiny_reason.grading import check_steps, is_correct
+from tiny_reason.distill import (Teacher, endpoint_teacher, filter_traces,
+                                 generate_traces, split_trace, trace_of, varied)
+from tiny_reason.lib.journal import SETTINGS, read_traces
+from tiny_reason.lib.teachers import LARGEST
+from tiny_reason.lib.decode import end_ids, generate_ids, text_of
+from tiny_reason.lib.folders import find_base, load_tokenizer
+from tiny_reason.lib.answers import is_correct
+from tiny_reason.lib.arithmetic import check_steps
 from tiny_reason.model import load_base, merge
 
 torch.set_num_threads(1)
@@ -199,7 +201,7 @@ FAULTS = {
 @pytest.fixture
 def impatient(monkeypatch):
     "The question `bad` is given half a second; the others have their time."
-    usual = distill.ask_one
+    usual = teachers.ask_one
     def ask_one(client, request, timeout):
         bad = request["messages"][-1]["content"] == "bad"
         return usual(client, request, 0.5 if bad else timeout)

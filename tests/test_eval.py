@@ -13,8 +13,10 @@ from hypothesis import given, settings, strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from tiny_reason import eval as ev
-from tiny_reason.data import build_prompt, encode_text, load_problems
-from tiny_reason.files import find_base, load_tokenizer
+from tiny_reason.lib import decode, fast, journal, show
+from tiny_reason.data import build_prompt, load_problems
+from tiny_reason.lib.prompts import encode_text
+from tiny_reason.lib.folders import find_base, load_tokenizer
 from tiny_reason.model import load_base, merge
 from tiny_reason.rwkv import RWKV7Config, RWKV7ForCausalLM
 
@@ -50,7 +52,7 @@ def prompts_of(n, length=40):
 
 def theirs(model, tokenizer, prompt, limit, **config):
     ids = torch.tensor([prompt])
-    stops = ev.end_ids(model, tokenizer)
+    stops = decode.end_ids(model, tokenizer)
     out = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids),
         generation_config=GenerationConfig(
@@ -65,8 +67,8 @@ def test_greedy_means_greedy(unsure):
     before = model.generation_config
     model.generation_config = GenerationConfig(
         repetition_penalty=1.1, do_sample=True, temperature=0.7, top_k=20,
-        top_p=0.8, eos_token_id=ev.end_ids(model, tokenizer))
-    ours = ev.generate_ids(model, tokenizer, prompts, limit)
+        top_p=0.8, eos_token_id=decode.end_ids(model, tokenizer))
+    ours = decode.generate_ids(model, tokenizer, prompts, limit)
     model.generation_config = before
     plain = [theirs(model, tokenizer, p, limit) for p in prompts]
     penalised = [theirs(model, tokenizer, p, limit, repetition_penalty=1.1)
@@ -80,7 +82,7 @@ def test_tokens_do_not_depend_on_the_slots(student):
     problems = load_problems("arithmetic", split="validation", n=66)
     prompts = [build_prompt(q, tokenizer, style=s) for q, s in zip(
         problems["question"], ["question", "think"] * 33)]
-    one, eight, many = (ev.generate_ids(model, tokenizer, prompts, 24,
+    one, eight, many = (decode.generate_ids(model, tokenizer, prompts, 24,
                                         batch_size=size)
                         for size in (1, 8, 64))
     assert one == eight == many
@@ -98,10 +100,10 @@ def test_refilled_slots_give_each_prompt_its_own_answer(
         assert i not in ended and seconds >= 0
         ended[i] = list(ids)
     with torch.inference_mode():
-        greedy = ev.chooser()
-        alone = [ev.decode_batch(model, [p], stops, limit, greedy)[0]
+        greedy = decode.chooser()
+        alone = [decode.decode_batch(model, [p], stops, limit, greedy)[0]
                  for p in prompts]
-        together = ev.decode_batch(model, prompts, stops, limit, greedy,
+        together = decode.decode_batch(model, prompts, stops, limit, greedy,
                                    slots, done)
     assert together == alone
     assert ended == dict(enumerate(together))
@@ -115,7 +117,7 @@ def test_refilling_takes_fewer_steps_than_waiting(unsure):
     stops = list(range(0, 1152, 12))
     hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
     with torch.inference_mode():
-        ids = ev.decode_batch(model, prompts, stops, 60, ev.chooser(), 8)
+        ids = decode.decode_batch(model, prompts, stops, 60, decode.chooser(), 8)
     hook.remove()
     batches = [max(map(len, ids[i:i + 8])) for i in range(0, 32, 8)]
     assert len(calls) < sum(batches)
@@ -125,14 +127,14 @@ def test_the_cache_holds_no_more_than_was_counted(unsure, monkeypatch):
     "Rows as there are slots; positions as in the longest, and 64 to spare."
     model, _ = unsure
     prompts, stops, limit = prompts_of(40), list(range(0, 1152, 12)), 90
-    most, update = [0, 0], ev.RoomyLayer.update
+    most, update = [0, 0], decode.RoomyLayer.update
     def seen(self, *args, **kwargs):
         found = update(self, *args, **kwargs)
         most[:] = map(max, most, self.buffers[0].shape[::2])
         return found
-    monkeypatch.setattr(ev.RoomyLayer, "update", seen)
+    monkeypatch.setattr(decode.RoomyLayer, "update", seen)
     with torch.inference_mode():
-        ids = ev.decode_batch(model, prompts, stops, limit, ev.chooser(), 6)
+        ids = decode.decode_batch(model, prompts, stops, limit, decode.chooser(), 6)
     longest = max(len(p) + len(i) for p, i in zip(prompts, ids))
     assert most[0] == 6 and most[1] <= longest + 64 < 40 + limit + 64
 
@@ -145,14 +147,14 @@ def test_nothing_of_onednn_stays_on_a_model(student):
     strange.forward = strange.forward # as a library would that wraps layers
     kept = vars(strange)["forward"]
     try:
-        with pytest.raises(KeyError), ev.onednn(model):
+        with pytest.raises(KeyError), fast.onednn(model):
             assert vars(strange)["forward"] is kept
             raise KeyError
         assert vars(strange)["forward"] is kept
     finally: del strange.forward
     assert not any("forward" in vars(m) for m in layers)
     base, _ = load_base("student", four_bit=True, device="cpu")
-    with ev.onednn(base):
+    with fast.onednn(base):
         assert not any("forward" in vars(m) for m in base.modules()
                        if "4bit" in type(m).__name__)
 
@@ -160,9 +162,9 @@ def test_nothing_of_onednn_stays_on_a_model(student):
 def test_a_prompt_is_needed_and_no_tokens_are_fine(unsure):
     model, tokenizer = unsure
     with pytest.raises(ValueError, match="empty"):
-        ev.generate_ids(model, tokenizer, [[]])
-    assert ev.generate_ids(model, tokenizer, []) == []
-    assert ev.generate_ids(model, tokenizer, [[30]], 0) == [[]]
+        decode.generate_ids(model, tokenizer, [[]])
+    assert decode.generate_ids(model, tokenizer, []) == []
+    assert decode.generate_ids(model, tokenizer, [[30]], 0) == [[]]
 
 
 def test_a_vllm_engine_takes_the_same_call(unsure, monkeypatch):
@@ -175,7 +177,7 @@ def test_a_vllm_engine_takes_the_same_call(unsure, monkeypatch):
             return [types.SimpleNamespace(outputs=[types.SimpleNamespace(
                 token_ids=p["prompt_token_ids"][::-1])]) for p in prompts]
     LLM.__module__ = "vllm.entrypoints.llm"
-    assert ev.generate_ids(LLM(), tokenizer, [[30, 31], [32]], 5) == [
+    assert decode.generate_ids(LLM(), tokenizer, [[30, 31], [32]], 5) == [
         [31, 30], [32]]
     assert asked["temperature"] == 0 and asked["repetition_penalty"] == 1
 
@@ -192,9 +194,9 @@ def test_rows_are_counted_by_what_a_model_remembers(student):
     transformer, rwkv = student[0], RWKV7ForCausalLM(RWKV7Config(
         64, 128, 2)).eval()
     each = 2 * 4 * 2 * 64 * 4 # K and V, layers, heads, width, bytes
-    assert ev.rows_that_fit(transformer, 500) == 128
-    assert ev.rows_that_fit(transformer, 10**5) == 10**9 // (each * 10**5)
-    assert ev.rows_that_fit(rwkv, 10**5) == ev.rows_that_fit(rwkv, 10**9) == 128
+    assert decode.rows_that_fit(transformer, 500) == 128
+    assert decode.rows_that_fit(transformer, 10**5) == 10**9 // (each * 10**5)
+    assert decode.rows_that_fit(rwkv, 10**5) == decode.rows_that_fit(rwkv, 10**9) == 128
 
 
 @pytest.mark.parametrize("kind, heads, shape", [
@@ -203,14 +205,14 @@ def test_rows_are_counted_by_what_a_model_remembers(student):
                        num_attention_heads=4, multi_query=True))]) # for all
 def test_rows_of_models_that_name_their_sizes_differently(kind, heads, shape):
     each = 2 * 2 * heads * 8 * 4 # K and V, layers, heads, width, bytes
-    assert ev.rows_that_fit(small(kind, **shape), 10**5) == min(
+    assert decode.rows_that_fit(small(kind, **shape), 10**5) == min(
         128, 10**9 // (each * 10**5))
 
 
 def test_what_torch_holds_idle_is_room_for_rows(student, monkeypatch):
     "The driver says 1 GB is free; torch keeps 7 more, of which 6 are idle."
     model, positions, cuda = student[0], 10**5, torch.device("cuda")
-    one = 10**9 // ev.rows_that_fit(model, positions)
+    one = 10**9 // decode.rows_that_fit(model, positions)
     seen = types.SimpleNamespace(device=cuda, dtype=model.dtype,
                                  config=model.config)
     monkeypatch.setattr(ev, "row_bytes", lambda *_: one, raising=False)
@@ -219,7 +221,7 @@ def test_what_torch_holds_idle_is_room_for_rows(student, monkeypatch):
                             lambda _, n=gigabytes: n * 10**9)
     monkeypatch.setattr(torch.cuda, "mem_get_info",
                         lambda _: (10**9, 16 * 10**9))
-    assert ev.rows_that_fit(seen, positions) == 7 * 10**9 // 2 // one
+    assert decode.rows_that_fit(seen, positions) == 7 * 10**9 // 2 // one
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
@@ -271,11 +273,11 @@ def test_a_heading_ends_nothing_where_it_is_not_the_next(student, monkeypatch):
     for said in ("### Question:\n7", "5\n### Instruction:\n7"):
         for style in ("question", "think"):
             scripted(monkeypatch, tokenizer, said, 2)
-            text = ev.generate(model, tokenizer, ["2 + 3?"], 64, 1,
-                               ends=ev.headings(style))
+            text = decode.generate(model, tokenizer, ["2 + 3?"], 64, 1,
+                               ends=decode.headings(style))
             assert text == [said]
     scripted(monkeypatch, tokenizer, "5\n### Question:\n7", 2)
-    assert "Question" in ev.generate(model, tokenizer, ["2 + 3?"], 64, 1)[0]
+    assert "Question" in decode.generate(model, tokenizer, ["2 + 3?"], 64, 1)[0]
 
 
 def test_a_report_says_how_many_answers_were_cut_off(student):
@@ -296,7 +298,7 @@ def test_one_changed_value_makes_another_model(tmp_path, four_bit):
     def again():
         ev.evaluate(base, tokenizer, problems, max_new_tokens=2, records=path,
                     resume=True)
-        kept.append({r["model_hash"] for r in ev.read_records(path)})
+        kept.append({r["model_hash"] for r in journal.read_records(path)})
     again(); again()
     layer = base.model.layers[1].mlp.up_proj.weight
     with torch.no_grad():
@@ -327,7 +329,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, student):
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     assert child.wait(60) != 0
-    kept = ev.read_records(path)
+    kept = journal.read_records(path)
     assert 5 <= len(kept) < 60
     problems = load_problems("arithmetic", split="validation", n=60)
     how = dict(max_new_tokens=120, style="question")
@@ -335,16 +337,16 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, student):
     def count(*args, **kwargs):
         seen.append(len(args[2]))
         return real(*args, **kwargs)
-    real, ev.generate_ids = ev.generate_ids, count
+    real, decode.generate_ids = decode.generate_ids, count
     try: resumed = ev.evaluate(*student, problems, records=path, resume=True,
                                **how)
-    finally: ev.generate_ids = real
+    finally: decode.generate_ids = real
     assert seen == [60 - len(kept)]
     fresh = ev.evaluate(*student, problems, **how)
     assert [r["completion"] for r in resumed.records] == [
         r["completion"] for r in fresh.records]
     assert resumed.correct == fresh.correct
-    assert [r["question"] for r in ev.read_records(path)] == [
+    assert [r["question"] for r in journal.read_records(path)] == [
         *problems["question"]]
 
 
@@ -358,9 +360,9 @@ def test_a_bad_line_is_named_and_a_torn_one_left_out(tmp_path):
     path = tmp_path / "r.jsonl"
     good = json.dumps(record("q", True))
     path.write_text(good + "\n" + good[:20])
-    assert len(ev.read_records(path)) == 1
+    assert len(journal.read_records(path)) == 1
     path.write_text("[1]\n" + good + "\n")
-    with pytest.raises(ValueError, match="line 1"): ev.read_records(path)
+    with pytest.raises(ValueError, match="line 1"): journal.read_records(path)
 
 
 def test_compare_pairs_by_question():
@@ -369,8 +371,8 @@ def test_compare_pairs_by_question():
     rows = ev.compare({"a": a, "b": b})
     assert [(r["n"], r["right"]) for r in rows] == [(3, 2), (3, 3)]
     assert rows[0]["p"] == 1.0 and rows[1]["p"] is None
-    assert ev.to_markdown(rows).count("\n") == 3
-    assert ev.plot_runs(rows).axes
+    assert show.to_markdown(rows).count("\n") == 3
+    assert show.plot_runs(rows).axes
 
 
 def test_kinds_of_traces():

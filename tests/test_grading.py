@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tiny_reason.data import write_equations
-from tiny_reason.grading import (calculate, check_steps, extract_answer,
-                                 grade, is_correct, parse_number, read_answer)
+from tiny_reason.lib.answers import (extract_answer, grade, is_correct,
+                                     parse_number, read_answer)
+from tiny_reason.lib.arithmetic import calculate, check_steps
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location(

@@ -17,9 +17,9 @@ import yaml
 from safetensors.torch import load_file
 
 from tiny_reason import cli
-from tiny_reason.distill import read_traces
-from tiny_reason.eval import read_records
-from tiny_reason.record import checkpoints, is_whole
+from tiny_reason.lib.journal import read_traces
+from tiny_reason.lib.journal import read_records
+from tiny_reason.lib.checkpoints import checkpoints, is_whole
 
 ROOT = Path(__file__).parents[1]
 FSDP = ROOT / "tiny_reason" / "configs" / "accelerate" / "fsdp.yaml"
@@ -310,15 +310,16 @@ def test_nodes_without_a_common_disk_end_before_the_first_step(base, tmp_path):
 
 BROKEN = """
 import os, signal, sys, time
-from tiny_reason import cli, train as lesson
-real, rank = lesson.RecipeTrainer.close_step, int(os.environ["RANK"])
+from tiny_reason import cli
+from tiny_reason.lib import trainer
+real, rank = trainer.RecipeTrainer.close_step, int(os.environ["RANK"])
 
 def close_step(self):
     step = self.state.global_step
     {what}
     return real(self)
 
-lesson.RecipeTrainer.close_step = close_step
+trainer.RecipeTrainer.close_step = close_step
 sys.exit(cli.main())
 """
 NAN = """if step in {steps} and rank == 1:

@@ -21,8 +21,10 @@ from transformers import (AutoModelForCausalLM, BertConfig,
                           MistralConfig, Qwen2Config)
 
 from tiny_reason import model as m
-from tiny_reason.files import find_base
-from tiny_reason.record import save_run
+from tiny_reason import memory
+from tiny_reason.lib import layers, loading
+from tiny_reason.lib.folders import find_base
+from tiny_reason.lib.card import save_run
 from tiny_reason.train import Run, sft_config
 
 STUDENT = Path(find_base("student")[0])
@@ -58,7 +60,7 @@ def base(tmp_path):
 @pytest.fixture
 def adapter(base, tmp_path):
     folder = tmp_path / "adapter"
-    m.add_lora(m.load_base(base, device="cpu")[0], r=4).save_pretrained(folder)
+    m.add_lora(loading.load_base(base, device="cpu")[0], r=4).save_pretrained(folder)
     return folder
 
 
@@ -74,12 +76,12 @@ def optimizer_bytes(optimizer):
 @pytest.mark.parametrize("four_bit", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_static_rows_are_exact(shape, four_bit, tmp_path):
-    model, _ = m.load_base(saved(SHAPES[shape], tmp_path), four_bit, "cpu")
+    model, _ = loading.load_base(saved(SHAPES[shape], tmp_path), four_bit, "cpu")
     assert model.config._attn_implementation == "sdpa"
     tuned = m.add_lora(model, r=5)
-    budget = m.memory_budget(model.config, r=5, batch_tokens=1,
+    budget = memory.memory_budget(model.config, r=5, batch_tokens=1,
                              four_bit=four_bit, dtype=torch.float32)
-    for row, size in m.loaded_bytes(tuned).items():
+    for row, size in layers.loaded_bytes(tuned).items():
         assert budget.get(row, 0) == size, row
     ids = torch.arange(8)[None]
     tuned(input_ids=ids, labels=ids).loss.backward()
@@ -87,7 +89,7 @@ def test_static_rows_are_exact(shape, four_bit, tmp_path):
     assert budget["gradients"] == sum(p.grad.nbytes for p in trained)
     for name, kind in {"adamw_torch": torch.optim.AdamW,
                        "adamw_8bit": bnb.optim.AdamW8bit}.items():
-        assert m.adapter_bytes(m.empty_model(model.config), 5, name)[
+        assert memory.adapter_bytes(layers.empty_model(model.config), 5, name)[
             "optimiser"] == optimizer_bytes(kind(trained, lr=0.0)), name
 
 
@@ -96,16 +98,16 @@ def test_scales_that_are_not_quantised():
     model = AutoModelForCausalLM.from_pretrained(
         STUDENT, dtype=torch.float32, device_map={"": "cpu"},
         quantization_config=nf4)
-    budget = m.memory_budget(model.config, double_quant=False,
+    budget = memory.memory_budget(model.config, double_quant=False,
                              dtype=torch.float32)
-    counted = m.loaded_bytes(model)
+    counted = layers.loaded_bytes(model)
     assert counted.pop("adapters") == 0
     assert counted == {row: budget[row] for row in counted}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_activations_and_peak(shape, tmp_path):
-    model, _ = m.load_base(saved(SHAPES[shape], tmp_path), device="cpu")
+    model, _ = loading.load_base(saved(SHAPES[shape], tmp_path), device="cpu")
     tuned, ids = m.add_lora(model, r=4).train(), torch.arange(1024).view(4, 256)
     for padded in (False, True):
         mask = torch.ones_like(ids)
@@ -117,33 +119,33 @@ def test_activations_and_peak(shape, tmp_path):
             output = run()
             output.loss.backward()
         step()
-        budget = m.memory_budget(
+        budget = memory.memory_budget(
             model.config, r=4, batch_tokens=1024, dtype=torch.float32,
             padded_to=256 if padded else None)
         kept = budget["activations"] + 4 * 1024 * model.config.vocab_size
-        assert kept == pytest.approx(m.saved_bytes(tuned, run), rel=0.05)
+        assert kept == pytest.approx(memory.saved_bytes(tuned, run), rel=0.05)
         peak = sum(budget[row] for row in (
             "activations", "logits", "backward of a layer"))
-        assert peak == pytest.approx(m.peak_bytes(step), rel=0.05)
+        assert peak == pytest.approx(memory.peak_bytes(step), rel=0.05)
 
 
 def test_budget_rows():
     qwen = Qwen2Config(**TINY)
-    shape = m.empty_model(qwen)
-    big = m.adapter_bytes(shape, 1000, "paged_adamw_32bit")
+    shape = layers.empty_model(qwen)
+    big = memory.adapter_bytes(shape, 1000, "paged_adamw_32bit")
     assert big["optimiser"] < big["gradients"] * 2 # some of it may be paged out
     with pytest.raises(ValueError, match="states of 'sgd'"):
-        m.adapter_bytes(shape, 16, "sgd")
+        memory.adapter_bytes(shape, 16, "sgd")
     for wrong in (dict(r=0), dict(batch_tokens=0), dict(r=-1, cache_tokens=9)):
         with pytest.raises(ValueError, match="needs r and batch_tokens"):
-            m.memory_budget(qwen, **wrong)
+            memory.memory_budget(qwen, **wrong)
     with pytest.raises(ValueError, match="not for gpt2"):
-        m.memory_budget(GPT2Config())
-    cache = m.memory_budget(qwen, r=0, four_bit=False, cache_tokens=10)
+        memory.memory_budget(GPT2Config())
+    cache = memory.memory_budget(qwen, r=0, four_bit=False, cache_tokens=10)
     assert cache["KV cache"] == 2 * 2 * 2 * 16 * 2 * 10
     assert cache["adapters"] == 0 and "gradients" not in cache
-    assert m.largest_batch(qwen, card_bytes=1e3) == {False: 0, True: 0}
-    small, large = [m.largest_batch(qwen, size)[False] for size in (1e8, 2e8)]
+    assert memory.largest_batch(qwen, card_bytes=1e3) == {False: 0, True: 0}
+    small, large = [memory.largest_batch(qwen, size)[False] for size in (1e8, 2e8)]
     assert 0 < small < large
 
 
@@ -180,14 +182,14 @@ def test_nf4_refuses_integers():
 def test_gpt2(four_bit, tmp_path):
     folder = saved(GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=1152,
                               n_positions=64), tmp_path)
-    model, _ = m.load_base(folder, four_bit, "cpu")
+    model, _ = loading.load_base(folder, four_bit, "cpu")
     with pytest.raises(ValueError, match="it has .'c_attn', 'c_fc', 'c_proj'"):
         m.add_lora(model, target_modules=["q_proj", "v_proj"])
     tuned = m.add_lora(model)
     for name, p in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
-    merged, ids = m.merge(tuned), torch.arange(32)[None]
+    merged, ids = loading.merge(tuned), torch.arange(32)[None]
     with torch.no_grad():
         ours, theirs = [x.eval()(input_ids=ids).logits for x in (merged, tuned)]
         with tuned.disable_adapter():
@@ -195,7 +197,7 @@ def test_gpt2(four_bit, tmp_path):
     assert torch.allclose(ours, theirs, atol=1e-4)
     assert not torch.allclose(plain, theirs, atol=1e-2)
     tuned.save_pretrained(tmp_path / "adapter")
-    again, _ = m.load_tuned(tmp_path / "adapter", four_bit, "cpu")
+    again, _ = loading.load_tuned(tmp_path / "adapter", four_bit, "cpu")
     with torch.no_grad():
         assert torch.allclose(again(input_ids=ids).logits, theirs, atol=1e-5)
 
@@ -203,7 +205,7 @@ def test_gpt2(four_bit, tmp_path):
 def test_not_a_causal_lm(tmp_path):
     BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not a causal .* BertForMaskedLM"):
-        m.load_base(str(tmp_path))
+        loading.load_base(str(tmp_path))
 
 
 def test_code_in_the_folder_is_not_run(base):
@@ -214,7 +216,7 @@ def test_code_in_the_folder_is_not_run(base):
         "AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
     Path(base, "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="is never run"):
-        m.load_base(base, device="cpu")
+        loading.load_base(base, device="cpu")
     assert not trace.exists()
 
 
@@ -222,31 +224,31 @@ def test_code_in_the_folder_is_not_run(base):
 
 @pytest.mark.parametrize("four_bit", [True, False])
 def test_merge_before_and_after_training(four_bit):
-    tuned = m.add_lora(m.load_base("student", four_bit, "cpu")[0])
+    tuned = m.add_lora(loading.load_base("student", four_bit, "cpu")[0])
     for name, p in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
     ids = torch.arange(64)[None]
-    early = m.merge(tuned)
+    early = loading.merge(tuned)
     with torch.no_grad():
         adapted = tuned.eval()(input_ids=ids).logits
     tuned.train()(input_ids=ids, labels=ids).loss.backward()
     with torch.no_grad():
-        for merged in (early, m.merge(tuned)):
+        for merged in (early, loading.merge(tuned)):
             assert torch.allclose(merged(input_ids=ids).logits, adapted,
                                   atol=1e-3)
 
 
 def test_merge_of_a_foreign_model():
     "bitsandbytes may have rearranged its weights at the first evaluation."
-    nf4 = m.load_base("student", device="cpu")[0].config.quantization_config
+    nf4 = loading.load_base("student", device="cpu")[0].config.quantization_config
     foreign = AutoModelForCausalLM.from_pretrained(
         STUDENT, dtype=torch.float32, device_map={"": "cpu"},
         quantization_config=nf4).eval()
     ids = torch.arange(64)[None]
     with torch.no_grad():
         seen = foreign(input_ids=ids).logits
-        plain = m.merge(foreign)
+        plain = loading.merge(foreign)
         gap = plain(input_ids=ids).logits - seen
     assert gap.norm() < 0.05 * seen.norm()
     assert type(plain) is type(foreign)
@@ -274,17 +276,17 @@ def test_truncated_weights(base):
     for keep in (0, 5, 100, file.stat().st_size - 1):
         file.write_bytes(file.read_bytes()[:keep])
         with pytest.raises(ValueError, match="not a whole safetensors"):
-            m.load_base(base, device="cpu")
+            loading.load_base(base, device="cpu")
 
 
 def test_pickle_posing_as_weights(base, tmp_path):
     trace, file = tmp_path / "ran", Path(base, "model.safetensors")
     file.write_bytes(pickle.dumps(Evil(trace)))
     with pytest.raises(ValueError, match="something else under that name"):
-        m.load_base(base, device="cpu")
+        loading.load_base(base, device="cpu")
     file.rename(Path(base, "pytorch_model.bin"))
     with pytest.raises(FileNotFoundError, match="are pickles"):
-        m.load_base(base, device="cpu")
+        loading.load_base(base, device="cpu")
     assert not trace.exists()
 
 
@@ -297,34 +299,34 @@ def test_flipped_bit_in_the_header(base):
         file.write_bytes(whole)
         flip(file, at)
         try:
-            model, _ = m.load_base(base, device="cpu")
+            model, _ = loading.load_base(base, device="cpu")
         except ValueError:
             continue
-        assert m.loaded_bytes(model)["NF4 codes"] == m.weight_bytes(
-            m.empty_model(model.config), True, True, 4)["NF4 codes"]
+        assert layers.loaded_bytes(model)["NF4 codes"] == layers.weight_bytes(
+            layers.empty_model(model.config), True, True, 4)["NF4 codes"]
 
 
 def test_flipped_bit_in_the_numbers(tmp_path):
     "Seen where a hash is recorded: the student's SHA256SUMS."
     folder = tmp_path / "student"
     shutil.copytree(STUDENT, folder)
-    m.load_base(str(folder), device="cpu")
+    loading.load_base(str(folder), device="cpu")
     flip(folder / "model.safetensors", -1000)
     with pytest.raises(ValueError, match="SHA-256 differs"):
-        m.load_base(str(folder), device="cpu")
+        loading.load_base(str(folder), device="cpu")
 
 
 def test_flipped_bit_in_an_adapter(base, tmp_path):
     "Seen in whatever `save_run` has written, which records the hash."
-    tuned, words = m.load_base(base, device="cpu")
+    tuned, words = loading.load_base(base, device="cpu")
     tuned = m.add_lora(tuned, r=4)
     folder = save_run(Run([], None, None, 0, 0, 1.0, 0), tuned, words,
                       dict(input_ids=[], completion_mask=[]),
                       sft_config(str(tmp_path), "cpu"), tmp_path / "run")
-    m.load_tuned(folder, device="cpu")
+    loading.load_tuned(folder, device="cpu")
     flip(folder / "adapter_model.safetensors", -10)
     with pytest.raises(ValueError, match="SHA-256 differs"):
-        m.load_tuned(folder, device="cpu")
+        loading.load_tuned(folder, device="cpu")
 
 
 def test_missing_and_misshapen_tensors(base):
@@ -334,14 +336,14 @@ def test_missing_and_misshapen_tensors(base):
     save_file({k: v for k, v in tensors.items() if k != name}, file,
               {"format": "pt"})
     with pytest.raises(ValueError, match="qwen2: 1 missing, the first .*up_pr"):
-        m.load_base(base, device="cpu")
+        loading.load_base(base, device="cpu")
     save_file(tensors | {name: torch.zeros(3, 3)}, file, {"format": "pt"})
     for four_bit in True, False:
         with pytest.raises(ValueError, match="1 of another shape, the first .*"
-                           "up_proj"): m.load_base(base, four_bit, "cpu")
+                           "up_proj"): loading.load_base(base, four_bit, "cpu")
     more = {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     save_file(tensors | more, file, {"format": "pt"}) # as old Llamas have it
-    m.load_base(base, device="cpu")
+    loading.load_base(base, device="cpu")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -356,7 +358,7 @@ def test_numbers_that_are_none(base, adapter, value):
         tensors[name][0, :2] = value
         save_file(tensors, file, {"format": "pt"})
         with pytest.raises(ValueError, match=rf"^2 of the .* of {name} in .*"):
-            m.load_tuned(adapter, device="cpu")
+            loading.load_tuned(adapter, device="cpu")
 
 
 def test_a_tokenizer_of_another_model(base, adapter, tmp_path):
@@ -364,26 +366,26 @@ def test_a_tokenizer_of_another_model(base, adapter, tmp_path):
     shutil.copytree(base, tmp_path / "b",
                     ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(FileNotFoundError, match="b holds no tokenizer"):
-        m.load_base(tmp_path / "b", device="cpu")
+        loading.load_base(tmp_path / "b", device="cpu")
     small = SHAPES["qwen2, untied"].to_dict() | dict(vocab_size=1151)
     saved(Qwen2Config(**small), base)
-    for call in (lambda: m.load_base(base, device="cpu"),
-                 lambda: m.load_tuned(adapter, device="cpu")):
+    for call in (lambda: loading.load_base(base, device="cpu"),
+                 lambda: loading.load_tuned(adapter, device="cpu")):
         with pytest.raises(ValueError, match="rows for 1,151 tokens and the "
                            "tokenizer has 1,152"): call()
     saved(Qwen2Config(**small | dict(vocab_size=1153)), base)
-    tokenizer = m.load_base(base, device="cpu")[1]
+    tokenizer = loading.load_base(base, device="cpu")[1]
     tokenizer.add_tokens(["one", "two"])
     tokenizer.save_pretrained(adapter)
     with pytest.raises(ValueError, match="adapter: .* 1,153 .* has 1,154"):
-        m.load_tuned(adapter, device="cpu")
+        loading.load_tuned(adapter, device="cpu")
 
 
 def test_bad_adapters(base, adapter, tmp_path):
     with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
-        m.load_tuned(tmp_path)
+        loading.load_tuned(tmp_path)
     with pytest.raises(ValueError, match="was made for .*base, not for student"):
-        m.load_tuned(adapter, base="student")
+        loading.load_tuned(adapter, base="student")
     config = json.loads((adapter / "adapter_config.json").read_text())
     for wrong, message in [
             (dict(r=8), r"not fit .*\[4, 192\] in the adapter and \[8, 192\]"),
@@ -393,26 +395,26 @@ def test_bad_adapters(base, adapter, tmp_path):
             (dict(target_modules=["q_proj"]), "missing in the base")]:
         (adapter / "adapter_config.json").write_text(json.dumps(config | wrong))
         with pytest.raises(ValueError, match=message):
-            m.load_tuned(adapter, device="cpu")
+            loading.load_tuned(adapter, device="cpu")
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    m.load_tuned(adapter, device="cpu")
+    loading.load_tuned(adapter, device="cpu")
     trace = tmp_path / "ran"
     (adapter / "adapter_model.safetensors").write_bytes(
         pickle.dumps(Evil(trace)))
     with pytest.raises(ValueError, match="Nothing in it was run"):
-        m.load_tuned(adapter, device="cpu")
+        loading.load_tuned(adapter, device="cpu")
     assert not trace.exists()
 
 
 def test_rows_that_bitsandbytes_misreads(tmp_path):
     folder = saved(LlamaConfig(**TINY | dict(intermediate_size=160)), tmp_path)
     with pytest.raises(ValueError, match="misreads rows of 160"):
-        m.load_base(folder, device="cpu")
-    m.load_base(folder, four_bit=False, device="cpu")
+        loading.load_base(folder, device="cpu")
+    loading.load_base(folder, four_bit=False, device="cpu")
 
 
 def test_numbers_and_names():
-    model, _ = m.load_base("student", device="cpu")
+    model, _ = loading.load_base("student", device="cpu")
     for wrong in (dict(r=0), dict(r=-4), dict(alpha=0), dict(alpha=-32)):
         with pytest.raises(ValueError, match="rank of at least 1 and an alpha"):
             m.add_lora(model, **wrong)
@@ -422,11 +424,11 @@ def test_numbers_and_names():
     for wrong, near in {"studnet": "student", "qwen-1.5b": "qwen2.5-1.5b",
                         "TinyLlama": "tinyllama-1.1b"}.items():
         with pytest.raises(ValueError, match=f"nearest preset is '{near}'"):
-            m.load_base(wrong)
+            loading.load_base(wrong)
     with pytest.raises(FileNotFoundError, match="no config.json"):
-        m.load_base("./nowhere")
+        loading.load_base("./nowhere")
     with pytest.raises(ValueError, match="backend"):
-        m.load_base("student", backend="onnx")
+        loading.load_base("student", backend="onnx")
 
 
 # --- room and backends --------------------------------------------------------
@@ -436,7 +438,7 @@ def test_not_enough_memory(base, monkeypatch):
                         lambda: types.SimpleNamespace(available=10_000))
     monkeypatch.setattr(m, "load_weights", None) # would fail if it were reached
     with pytest.raises(MemoryError, match="GB is missing"):
-        m.load_base(base, device="cpu")
+        loading.load_base(base, device="cpu")
 
 
 def test_not_enough_disk(monkeypatch):
@@ -444,14 +446,14 @@ def test_not_enough_disk(monkeypatch):
     monkeypatch.setattr(m.shutil, "disk_usage",
                         lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="GB is missing") as caught:
-        m.check_room(config, "nobody/has-this", True, torch.device("cpu"),
+        loading.check_room(config, "nobody/has-this", True, torch.device("cpu"),
                      torch.float32)
     assert caught.value.errno == errno.ENOSPC
 
 
 def test_unsloth(monkeypatch):
     with pytest.raises(RuntimeError, match="needs a CUDA device"):
-        m.load_base("student", device="cpu", backend="unsloth")
+        loading.load_base("student", device="cpu", backend="unsloth")
     asked = {}
     stand_in = types.ModuleType("unsloth")
     stand_in.__spec__ = types.SimpleNamespace()
@@ -461,7 +463,7 @@ def test_unsloth(monkeypatch):
             return "model", "tokenizer"
     stand_in.FastLanguageModel = FastLanguageModel
     monkeypatch.setitem(sys.modules, "unsloth", stand_in)
-    assert m.load_unsloth("owner/name", None, None, True, torch.device("cuda"),
+    assert loading.load_unsloth("owner/name", None, None, True, torch.device("cuda"),
                           torch.float16) == "model"
     assert asked["load_in_4bit"] and not asked["trust_remote_code"]
     assert (asked["model_name"], asked["dtype"]) == ("owner/name", torch.float16)

@@ -13,18 +13,20 @@ for name in ("nbdev", "fastcore", "execnb", "jupyter", "jupyterlab",
 import tiny_reason
 assert "torch" not in sys.modules
 assert tiny_reason.__file__.startswith(sys.argv[1]), tiny_reason.__file__
-from tiny_reason import files # a folder is checked without what trains it
+
 assert not {"peft", "bitsandbytes", "trl"} & {*sys.modules}
-from tiny_reason import cli, data, demo, distill, eval, many, model, pretrain
-from tiny_reason import record, rwkv, train, transformer
-try: distill.endpoint_teacher("http://127.0.0.1:9/v1", "nobody")
+from tiny_reason import data, demo, eval, many, model, pretrain
+from tiny_reason.lib import loading, teachers
+from tiny_reason import rwkv, train, transformer
+from tiny_reason.lib import disk
+try: teachers.endpoint_teacher("http://127.0.0.1:9/v1", "nobody")
 except ImportError as e: assert "tiny_reason[teacher]" in str(e)
 else: raise AssertionError("an extra was not missed")
-base, tokenizer = model.load_base("student", device="cpu")
+base, tokenizer = loading.load_base("student", device="cpu")
 rows, held, report = data.prepare("arithmetic", 40, tokenizer=tokenizer)
 args = train.sft_config(sys.argv[2], device="cpu", max_steps=2, eval_steps=1,
                         save_steps=1)
-assert record.committed("ladder.json").startswith("{") # no clone is near
+assert disk.committed("ladder.json").startswith("{") # no clone is near
 run = train.train(model.add_lora(base), tokenizer, rows, held, args)
 assert run.steps == 2 and run.best_checkpoint
 """
@@ -32,12 +34,12 @@ assert run.steps == 2 and run.best_checkpoint
 IMPORT_EACH = """
 import importlib, logging, os, pkgutil, sys
 import datasets, tiny_reason, torch, transformers # and the rest in each child
-for module in pkgutil.iter_modules(tiny_reason.__path__):
+for module in pkgutil.walk_packages(tiny_reason.__path__, "tiny_reason."):
     child = os.fork()
     if child:
         if os.waitpid(child, 0)[1]: sys.exit(module.name)
         continue
-    importlib.import_module(f"tiny_reason.{module.name}")
+    importlib.import_module(module.name)
     for name, logger in [*logging.root.manager.loggerDict.items()]:
         if name.startswith("bitsandbytes"):
             assert not getattr(logger, "level", 0), name
@@ -53,7 +55,7 @@ def test_importing_is_silent_and_changes_no_logging():
                           capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert {"model", "train", "cli"} < set(done.stdout.split())
+    assert {"tiny_reason.model", "tiny_reason.lib.fast", "tiny_reason.cli"} < set(done.stdout.split())
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from tiny_reason import pretrain as p, rwkv
 from tiny_reason.data import load_problems
 from tiny_reason.eval import evaluate
-from tiny_reason.files import find_base, read_config
+from tiny_reason.lib.folders import find_base, read_config
 from tiny_reason.model import add_lora, load_base, load_tuned
-from tiny_reason.record import checkpoints, last_checkpoint
-from tiny_reason.train import Stopped
+from tiny_reason.lib.checkpoints import checkpoints, last_checkpoint
+from tiny_reason.lib.checkpoints import Stopped
 from tiny_reason.transformer import Transformer, preset_config
 
 torch.set_num_threads(1)
@@ -61,14 +61,15 @@ def test_fp16_is_refused(tokenizer, tmp_path):
 @pytest.mark.parametrize("capability, dtype", [
     ((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
 def test_adapters_on_a_t4_start_from_fp32(monkeypatch, capability, dtype):
-    from tiny_reason import cli, config, model
-    _, asked = config.parse(["pretrain", "--use_lora", "--model.name",
+    from tiny_reason import model
+    from tiny_reason.app import fit, flags
+    _, asked = flags.parse(["pretrain", "--use_lora", "--model.name",
                              "student"])
     monkeypatch.setattr(torch.cuda, "get_device_capability",
                         lambda device=None: capability)
     monkeypatch.setattr(cli, "chosen_device", lambda settings: "cuda")
     monkeypatch.setattr(model, "load_base", lambda *args: args)
-    assert cli.beginning(asked) == ("student", False, "cuda", dtype)
+    assert fit.beginning(asked) == ("student", False, "cuda", dtype)
 
 
 def cut(tokenizer, tokens):

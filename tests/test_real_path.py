@@ -23,8 +23,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tiny_reason.data import build_prompt, load_problems, prepare
 from tiny_reason.eval import evaluate
-from tiny_reason.model import (add_lora, load_base, load_tuned, loaded_bytes,
-                               memory_budget, merge)
+from tiny_reason.lib.layers import loaded_bytes
+from tiny_reason.model import (add_lora, load_base, load_tuned, memory_budget,
+                               merge)
 from tiny_reason.train import save_run, sft_config, train
 
 qwen, out = "Qwen/Qwen2.5-1.5B-Instruct", Path(sys.argv[1])

@@ -2,7 +2,7 @@
 import io
 import sys
 
-from tiny_reason.record import progress_bar
+from tiny_reason.lib.show import progress_bar
 
 
 def test_a_file_gets_a_line_every_five_seconds(monkeypatch):

@@ -13,13 +13,17 @@ from hypothesis import given, settings, strategies as st
 
 from tiny_reason.data import make_problems, prepare
 from tiny_reason.demo import stream
-from tiny_reason.eval import evaluate, generate_ids
-from tiny_reason.model import (add_lora, load_base, load_tuned, loaded_bytes,
-                               memory_budget, merge, peak_bytes)
+from tiny_reason.eval import evaluate
+from tiny_reason.lib.decode import generate_ids
+from tiny_reason.lib.layers import loaded_bytes
+from tiny_reason.memory import peak_bytes
+from tiny_reason.model import (add_lora, load_base, load_tuned, memory_budget,
+                               merge)
 from tiny_reason.rwkv import (Memory, RWKV7Config, RWKV7ForCausalLM, chunked,
                               from_reference, recurrent, reference_names,
                               training_bytes)
-from tiny_reason.train import LossTrainer, save_run, sft_config, train
+from tiny_reason.lib.trainer import LossTrainer
+from tiny_reason.train import save_run, sft_config, train
 
 torch.set_num_threads(1)
 

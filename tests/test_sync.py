@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-KEPT = ("nbs/*.ipynb", "index.ipynb", "tiny_reason/*.py")
+KEPT = ("nbs/**/*.ipynb", "index.ipynb", "tiny_reason/**/*.py")
 
 
 @pytest.fixture(scope="module")
@@ -41,4 +41,4 @@ def test_a_lesson_was_run_whole(name):
     cells = json.loads((ROOT / name).read_text())["cells"]
     outputs = [o for c in cells for o in c.get("outputs", [])]
     assert not [o for o in outputs if o["output_type"] == "error"]
-    assert outputs or name == "nbs/app.ipynb", f"{name} was not run"
+    assert outputs or name == "nbs/app/page.ipynb", f"{name} was not run"

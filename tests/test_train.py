@@ -7,10 +7,12 @@ import pytest
 import torch
 import yaml
 
-from tiny_reason import config, record
+from tiny_reason.app import flags
+from tiny_reason.lib import card
 from tiny_reason import train as lesson
+from tiny_reason.lib import card, checkpoints, device, disk, fast, trainer
 from tiny_reason.data import prepare
-from tiny_reason.files import load_tokenizer
+from tiny_reason.lib.folders import load_tokenizer
 from tiny_reason.model import add_lora, load_base
 
 QUICK = dict(device="cpu", max_steps=8, eval_steps=2, save_steps=2,
@@ -42,9 +44,9 @@ from pathlib import Path
 from unittest.mock import patch
 sys.path.insert(0, sys.argv[1])
 from test_train import QUICK, fine_tune, lesson
-from tiny_reason import record
+from tiny_reason.lib import card
 from tiny_reason.data import prepare
-from tiny_reason.files import load_tokenizer
+from tiny_reason.lib.folders import load_tokenizer
 
 base, out = map(Path, sys.argv[2:4])
 tokenizer = load_tokenizer(base)
@@ -58,12 +60,12 @@ def session(folder, resume, dies=None):
     try:
         if dies: dies()
         run, model = fine_tune(base, data, folder, resume)
-        lesson.save_run(run, model, tokenizer, data[1], lesson.sft_config(
+        card.save_run(run, model, tokenizer, data[1], lesson.sft_config(
             str(folder), **QUICK), folder / "saved")
         (folder / "run.json").write_text(json.dumps(
             [run.history, run.tokens, run.loss_tokens, run.best_loss,
              Path(run.best_checkpoint).name]))
-    except lesson.Stopped: os._exit(77)
+    except checkpoints.Stopped: os._exit(77)
     except BaseException as e: (folder / "error").write_text(repr(e))
     os._exit(0)
 
@@ -81,7 +83,7 @@ def die(name, at, after=False):
 def result(folder):
     if (folder / "error").exists(): return (folder / "error").read_text()
     return [json.loads((folder / "run.json").read_text()),
-            lesson.file_hash(folder / "saved" / "adapter_model.safetensors")]
+            disk.file_hash(folder / "saved" / "adapter_model.safetensors")]
 
 start = time.time()
 os.waitpid(session(out / "unbroken", False), 0)
@@ -127,10 +129,10 @@ def test_killed_at_any_instant_and_resumed(base, tmp_path):
 
 def test_torn_and_tampered_checkpoints(base, data, tmp_path):
     fine_tune(base, data, tmp_path, save_total_limit=None)
-    assert [p.name for p in lesson.checkpoints(tmp_path)] == [
+    assert [p.name for p in checkpoints.checkpoints(tmp_path)] == [
         "checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
     assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*/*.bin"))
-    newest = lambda: Path(lesson.last_checkpoint(tmp_path)).name
+    newest = lambda: Path(checkpoints.last_checkpoint(tmp_path)).name
     optimizer = tmp_path / "checkpoint-8" / "optimizer.pt"
     content = bytearray(optimizer.read_bytes())
     content[len(content) // 2] ^= 1
@@ -168,7 +170,7 @@ def test_a_resumed_run_that_was_moved_finds_its_best(base, data, tmp_path):
 def test_fresh_runs_do_not_inherit_checkpoints(base, data, tmp_path):
     fine_tune(base, data, tmp_path)
     fine_tune(base, data, tmp_path, max_steps=2)
-    assert Path(lesson.last_checkpoint(tmp_path)).name == "checkpoint-2"
+    assert Path(checkpoints.last_checkpoint(tmp_path)).name == "checkpoint-2"
 
 
 # Disk
@@ -181,14 +183,14 @@ def test_disk_full(base, data, tmp_path, monkeypatch):
         if len(saves) < 2: return real(folder)
         return real(folder)._replace(free=100_000)
 
-    monkeypatch.setattr(lesson, "seal", lambda folder, seal=lesson.seal: (
+    monkeypatch.setattr(lesson, "seal", lambda folder, seal=checkpoints.seal: (
         seal(folder), saves.append(folder)))
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with pytest.raises(OSError, match="are missing") as caught:
         fine_tune(base, data, tmp_path)
     assert caught.value.errno == errno.ENOSPC
     assert "checkpoint-4" in str(caught.value)
-    assert Path(lesson.last_checkpoint(tmp_path)).name == "checkpoint-4"
+    assert Path(checkpoints.last_checkpoint(tmp_path)).name == "checkpoint-4"
     assert not (tmp_path / ".saving").exists()
 
 
@@ -204,7 +206,7 @@ def test_disk_full_for_real(base, data, tmp_path):
         with pytest.raises(OSError, match=r"[\d,]+ are missing") as caught:
             fine_tune(base, data, disk, save_total_limit=None, max_steps=40)
         assert caught.value.errno == errno.ENOSPC
-        kept = lesson.last_checkpoint(disk)
+        kept = checkpoints.last_checkpoint(disk)
         assert kept and kept in str(caught.value)
     finally: subprocess.run(["umount", str(disk)])
 
@@ -212,14 +214,14 @@ def test_disk_full_for_real(base, data, tmp_path):
 # Numbers that cannot lie
 
 def poison(monkeypatch, bad, value=math.nan):
-    real = lesson.LossTrainer.summed_loss
+    real = trainer.LossTrainer.summed_loss
 
     def summed(self, *args):
         total, count = real(self, *args)
         hit = self.model.training and self.state.global_step + 1 in bad
         return total * (value if hit else 1), count
 
-    monkeypatch.setattr(lesson.LossTrainer, "summed_loss", summed)
+    monkeypatch.setattr(trainer.LossTrainer, "summed_loss", summed)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -227,13 +229,13 @@ def test_three_bad_steps_end_a_run(base, data, tmp_path, monkeypatch, value):
     poison(monkeypatch, {4, 5, 6, 7, 8}, value)
     with pytest.raises(FloatingPointError, match="three steps") as caught:
         fine_tune(base, data, tmp_path)
-    kept = Path(lesson.last_checkpoint(tmp_path))
+    kept = Path(checkpoints.last_checkpoint(tmp_path))
     assert kept.name == "checkpoint-4" and str(kept) in str(caught.value)
     from safetensors.torch import load_file
     for name in ("checkpoint-2", "checkpoint-3", "checkpoint-4"):
         weights = load_file(tmp_path / name / "adapter_model.safetensors")
         assert all(w.isfinite().all() for w in weights.values())
-    states = [lesson.file_hash(tmp_path / f"checkpoint-{n}" /
+    states = [disk.file_hash(tmp_path / f"checkpoint-{n}" /
                                "adapter_model.safetensors") for n in (3, 4)]
     assert states[0] == states[1] # the bad step 4 changed nothing
 
@@ -250,7 +252,7 @@ def test_one_bad_step_is_dropped_counted_and_shown(base, data, tmp_path,
 
 
 def test_a_gradient_that_is_not_finite(base, data, tmp_path, monkeypatch):
-    real = lesson.RecipeTrainer.training_step
+    real = trainer.RecipeTrainer.training_step
 
     def step(self, model, *args, **kwargs):
         loss = real(self, model, *args, **kwargs)
@@ -259,20 +261,20 @@ def test_a_gradient_that_is_not_finite(base, data, tmp_path, monkeypatch):
                  ).grad.fill_(math.inf)
         return loss
 
-    monkeypatch.setattr(lesson.RecipeTrainer, "training_step", step)
+    monkeypatch.setattr(trainer.RecipeTrainer, "training_step", step)
     run, model = fine_tune(base, data, tmp_path)
     assert run.skipped == 1 and math.isfinite(losses(run)[-1])
 
 
 def test_a_validation_loss_that_is_not_finite(base, data, tmp_path,
                                               monkeypatch):
-    real = lesson.LossTrainer.summed_loss
-    monkeypatch.setattr(lesson.LossTrainer, "summed_loss", lambda self, *a: (
+    real = trainer.LossTrainer.summed_loss
+    monkeypatch.setattr(trainer.LossTrainer, "summed_loss", lambda self, *a: (
         (total := real(self, *a))[0] * (1 if self.model.training or
          self.state.global_step < 4 else math.nan), total[1]))
     with pytest.raises(FloatingPointError, match="validation loss is nan"):
         fine_tune(base, data, tmp_path)
-    assert Path(lesson.last_checkpoint(tmp_path)).name == "checkpoint-2"
+    assert Path(checkpoints.last_checkpoint(tmp_path)).name == "checkpoint-2"
 
 
 def test_rows_that_carry_no_loss(base, data, tmp_path):
@@ -316,15 +318,15 @@ def test_our_layers_train_as_peft_s(base, data, tmp_path, monkeypatch, room):
     "Also where the base is unpacked anew, and with gradient accumulation."
     kwargs = dict(logging_steps=1, optim="adamw_torch",
                   per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    calls, apply = [], lesson.Adapted.apply
+    calls, apply = [], fast.Adapted.apply
     monkeypatch.setattr(lesson, "available_bytes", lambda: room)
-    monkeypatch.setattr(lesson.Adapted, "apply",
+    monkeypatch.setattr(fast.Adapted, "apply",
                         lambda *args: calls.append(args) or apply(*args))
     ours, model = fine_tune(base, data, tmp_path / "a", **kwargs)
     assert len(calls) % 7 == 0 and calls
-    assert not any("forward" in vars(m) for m in lesson.plain_layers(model))
+    assert not any("forward" in vars(m) for m in fast.plain_layers(model))
     calls.clear()
-    monkeypatch.setattr(lesson.LossTrainer, "train", lesson.SFTTrainer.train)
+    monkeypatch.setattr(trainer.LossTrainer, "train", lesson.SFTTrainer.train)
     theirs, _ = fine_tune(base, data, tmp_path / "b", **kwargs)
     assert not calls
     assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
@@ -332,7 +334,7 @@ def test_our_layers_train_as_peft_s(base, data, tmp_path, monkeypatch, room):
 
 
 def test_layers_that_are_left_to_peft(base):
-    def found(**kwargs): return len(lesson.plain_layers(
+    def found(**kwargs): return len(fast.plain_layers(
         add_lora(load_base(base, four_bit=False, device="cpu")[0], **kwargs)))
 
     assert found() == 7
@@ -400,7 +402,7 @@ def test_rows_are_shared_only_where_the_model_keeps_them_apart(
         real = inner.forward
         if drops: # as an engine with kernels of its own may
             inner.forward = lambda position_ids, **kw: real(**kw)
-        assert lesson.isolates(model, ids[0], ids[1]) != drops
+        assert trainer.isolates(model, ids[0], ids[1]) != drops
         trainer = lesson.make_trainer(model, tokenizer, rows, held,
             lesson.sft_config(str(tmp_path), padding_free=True, **QUICK))
         assert trainer.args.padding_free != drops
@@ -429,7 +431,7 @@ def test_t4_arguments(base, data, tmp_path, monkeypatch):
     monkeypatch.setattr(model_lesson, "compute_dtype",
                         lambda device="cpu": torch.float16)
     loaded = load_base(base, device="cpu")[0]
-    linear = model_lesson.projections(loaded).popitem()[1]
+    linear = layers.projections(loaded).popitem()[1]
     assert linear.compute_dtype == torch.float16
     tokenizer, rows, held = data
     model = add_lora(loaded)
@@ -550,9 +552,9 @@ def test_checkpointing_counts_what_torch_holds_idle(base, data, tmp_path,
 def test_peak_memory_is_of_the_run_and_its_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 9 * 10**9)
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert lesson.peak_memory(cuda, others=4 * 10**9) == 5 * 10**9
+    assert device.peak_memory(cuda, others=4 * 10**9) == 5 * 10**9
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert 0 < lesson.peak_memory(cpu) < 9 * 10**9
+    assert 0 < device.peak_memory(cpu) < 9 * 10**9
 
 
 def test_training_leaves_no_states_behind(base, data, tmp_path, monkeypatch):
@@ -571,14 +573,14 @@ def test_training_leaves_no_states_behind(base, data, tmp_path, monkeypatch):
 
 
 def starve(monkeypatch, fits):
-    real = lesson.LossTrainer.summed_loss
+    real = trainer.LossTrainer.summed_loss
 
     def summed(self, model, inputs):
         if self.model.training and len(inputs["input_ids"]) > fits:
             raise torch.OutOfMemoryError("fake")
         return real(self, model, inputs)
 
-    monkeypatch.setattr(lesson.LossTrainer, "summed_loss", summed)
+    monkeypatch.setattr(trainer.LossTrainer, "summed_loss", summed)
 
 
 def test_out_of_memory_halves_the_micro_batch(base, data, tmp_path,
@@ -596,14 +598,14 @@ def test_out_of_memory_halves_the_micro_batch(base, data, tmp_path,
 def test_out_of_memory_in_the_middle_goes_on_from_there(base, data, tmp_path,
                                                         monkeypatch):
     whole, _ = fine_tune(base, data, tmp_path / "a")
-    real = lesson.LossTrainer.summed_loss
+    real = trainer.LossTrainer.summed_loss
 
     def summed(self, model, inputs):
         if self.state.global_step == 5 and len(inputs["input_ids"]) > 4:
             raise torch.OutOfMemoryError("fake")
         return real(self, model, inputs)
 
-    monkeypatch.setattr(lesson.LossTrainer, "summed_loss", summed)
+    monkeypatch.setattr(trainer.LossTrainer, "summed_loss", summed)
     halved, _ = fine_tune(base, data, tmp_path / "b")
     assert halved.tokens == whole.tokens
     assert losses(halved) == pytest.approx(losses(whole), abs=1e-3)
@@ -629,8 +631,8 @@ def test_what_nobody_counted_is_trained_all_the_same(base, data, tmp_path,
 # The command
 
 def test_the_keys_of_the_card_are_the_command_line_s():
-    known = {f.name for f in fields(config.Training)}
-    assert {*record.TRAINING_KEYS, "batch_size"} <= known
+    known = {f.name for f in fields(flags.Training)}
+    assert {*card.TRAINING_KEYS, "batch_size"} <= known
 
 
 def launch(*args, processes=1, **kwargs):
@@ -656,8 +658,8 @@ def test_the_card_repeats_the_run_bit_by_bit(base, tmp_path):
     assert done.returncode == 0, done.stderr
     card = first / "experiment_config.yaml"
     written = yaml.safe_load(card.read_text())
-    assert list(written) == [*config.SECTIONS, "record"]
-    for name, part in config.SECTIONS.items(): # defaults included
+    assert list(written) == [*flags.SECTIONS, "record"]
+    for name, part in flags.SECTIONS.items(): # defaults included
         assert set(written[name]) == {f.name for f in fields(part)}
     record = written["record"]
     assert record["results"]["loss_tokens"] < record["results"]["tokens"]

@@ -14,8 +14,9 @@ from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig,
                           Qwen2Config)
 
 from tiny_reason import transformer as t
-from tiny_reason.files import find_base, load_tokenizer
-from tiny_reason.model import load_base, peak_bytes, saved_bytes
+from tiny_reason.lib.folders import find_base, load_tokenizer
+from tiny_reason.memory import peak_bytes, saved_bytes
+from tiny_reason.model import load_base
 
 STUDENT = Path(find_base("student")[0])
 SMALL = dict(vocab_size=1152, hidden_size=64, intermediate_size=64,
