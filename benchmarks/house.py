@@ -30,16 +30,50 @@ def modules(root):
     return found
 
 
+def code_cells(path):
+    "Sources of a notebook's code cells."
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+
+
+def is_exported(source):
+    return bool(re.match(r"(#\|.*\n)*#\| *export", source))
+
+
+def lessons(root):
+    return sorted((root / "nbs").glob("[0-9]*.ipynb"))
+
+
 def exported_cells(root):
-    "Lines of code in each exported cell of the lessons."
-    sizes = []
-    for path in sorted((root / "nbs").glob("[0-9]*.ipynb")):
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            source = "".join(cell["source"])
-            if re.match(r"(#\|.*\n)*#\| *export", source):
-                sizes.append(sum(1 for line in source.splitlines()
-                                 if line.strip() and line[:2] != "#|"))
-    return sizes
+    "Lines of code in each exported cell of the lessons, imports left out."
+    found = [source for path in lessons(root) for source in code_cells(path)
+             if is_exported(source)]
+    return [sum(1 for line in source.splitlines()
+                if line.strip() and line[:2] != "#|") for source in found
+            if not all(isinstance(node, (ast.Import, ast.ImportFrom))
+                       for node in ast.parse(source).body)]
+
+
+def crowded_cells(root):
+    """Exported cells of lessons with several definitions for others to use.
+
+    A cell is one step: one definition that something outside of it names, and
+    those that it alone needs. Cutting a function in two does not help: neither
+    does it hurt, unless the second half has a reader of its own."""
+    notebooks = [*(root / "nbs").rglob("*.ipynb"), root / "index.ipynb"]
+    others = [p.read_text(encoding="utf-8") for folder in ("tests",
+              "benchmarks") for p in (root / folder).glob("*.py")]
+    words = [set(re.findall(r"\w+", text)) for text in (
+        *others, *(source for p in notebooks for source in code_cells(p)))]
+    named = Counter(word for some in words for word in some)
+    found = []
+    for path in lessons(root):
+        for source in filter(is_exported, code_cells(path)):
+            public = [node.name for node in ast.parse(source).body
+                      if isinstance(node, (*FUNCTIONS, ast.ClassDef))
+                      and named[node.name] > 1]
+            if len(public) > 1: found.append((path.stem, public))
+    return found
 
 
 def definitions(trees):
@@ -74,6 +108,10 @@ def imports(trees):
     for module, (tree, _) in trees.items():
         here = ["tiny_reason", *module.split(".")]
         for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                named = [a.name.partition(".")[2] for a in node.names
+                         if a.name.startswith("tiny_reason.")]
+                yield from ((module, name) for name in named if name in trees)
             if not isinstance(node, ast.ImportFrom): continue
             start = here[:len(here) - node.level] if node.level else []
             path = [*start, *(node.module or "").split(".")]
@@ -132,6 +170,8 @@ def measure(root):
         "their lines, median": f"{median(cells):.0f}",
         "their lines, 90th percentile": f"{several(cells, 90):.0f}",
         "their lines, most": f"{max(cells)}",
+        "exported cells of lessons with several public definitions":
+            f"{len(crowded_cells(root))}",
         "functions at the top of modules": f"{len(bodies)}",
         "a function's lines, median": f"{median(bodies):.0f}",
         "functions used once": f"{len(once)}",

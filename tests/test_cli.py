@@ -123,7 +123,7 @@ def test_typos_in_a_short_flag(flag, capsys):
     ("training: {max_steps: null}", "whole number above 0"),
     ("training: {learning_rate: .inf}", "between 0 and 1"),
     ("learning_rate: 1e-3", "'training.learning_rate'"),
-    ("lora: {s: 8}", "lora.r?"),
+    ("lora: {rank: 8}", "did you mean lora."),
     ("lora: {rr: 8}", "lora.r?"),
     ("[" * 3000, "my.yaml"),
     ("training: {max_steps: 1" + "0" * 5000 + "}", "my.yaml"),
@@ -163,11 +163,11 @@ def test_every_bundled_configuration_is_sound():
 
 def test_the_resolved_configuration_gives_itself(tmp_path):
     path = tmp_path / "config.yaml"
-    _, settings = flags.parse(["train", "--config", "qwen2.5-1.5b",
-                             "--lora.target_modules", '["q_proj"]'])
-    path.write_text(yaml.safe_dump(settings.plain(settings)))
+    _, first = flags.parse(["train", "--config", "qwen2.5-1.5b",
+                            "--lora.target_modules", '["q_proj"]'])
+    path.write_text(yaml.safe_dump(settings.plain(first)))
     _, again = flags.parse(["train", "--config", str(path)])
-    assert settings.plain(again) == settings.plain(settings)
+    assert settings.plain(again) == settings.plain(first)
 
 
 # Errors of a run
@@ -240,7 +240,7 @@ def test_train_evaluate_chat(base, tmp_path, capsys, monkeypatch):
         merged.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(model, "merge", alone)
+    monkeypatch.setattr("tiny_reason.model.merge", alone)
     assert cli.main(["evaluate", "--config", str(card), "--test_samples", "6",
                      "--max_new_tokens", "12"]) == 0
     assert len(merged) == 2

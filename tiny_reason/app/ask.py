@@ -89,9 +89,8 @@ def run_evaluate(settings)->None:
     from tiny_reason.lib.disk import write_whole
     if settings.compare: return print(compared(settings.compare))
     from tiny_reason.many import evaluate_many, processes
-    d, main = settings.data, processes(chosen_device(settings)).is_main_process
-    d.test_samples = min(d.test_samples, settings.limit or d.test_samples)
-    problems = test_problems(settings)
+    main = processes(chosen_device(settings)).is_main_process
+    problems = test_problems(settings, settings.limit)
     reports, folder = {}, Path(settings.project.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for name, model, style, tokenizer in asked_of(settings):

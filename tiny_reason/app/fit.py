@@ -23,7 +23,7 @@ def budget(settings, device:str)->dict: # row -> bytes
     "`memory_budget` for a batch of the longest rows."
     from tiny_reason.lib.folders import find_base, read_config
     from tiny_reason.model import compute_dtype, memory_budget
-    from tiny_reason.lib.fast import worth_keeping
+    from tiny_reason.lib.fast import ChunkedLoss, worth_keeping
     t, longest = settings.training, settings.data.max_length
     config = read_config(find_base(settings.model.name)[0])
     one_row = device != "cpu" if t.padding_free is None else t.padding_free
@@ -32,7 +32,7 @@ def budget(settings, device:str)->dict: # row -> bytes
         config, settings.lora.r, t.batch_size * longest,
         settings.model.four_bit, optimizer=t.optim,
         checkpointing=t.gradient_checkpointing,
-        logit_chunk=max(1, 2**25 // config.vocab_size), # as in 02_train
+        logit_chunk=max(1, ChunkedLoss.at_once // config.vocab_size),
         padded_to=row if one_row and t.batch_size > 1 else None,
         dtype=compute_dtype(device))
     unpacked = 8 * rows.get("NF4 codes", 0) # from 4 bits to 32

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Below1', 'Device', 'Style', 'SECTIONS', 'FLAT', 'LENGTH', 'PRESETS', 'COMMANDS', 'USAGE', 'WORDS', 'key', 'Project',
-           'Model', 'Lora', 'Data', 'Training', 'command_parser', 'UsageError', 'slips', 'nearest', 'StrictLoader',
-           'find_config', 'check_section', 'config_flags', 'parse', 'read_flags', 'default_config']
+           'Model', 'Lora', 'Data', 'Training', 'command_parser', 'UsageError', 'StrictLoader', 'find_config',
+           'check_section', 'config_flags', 'parse', 'read_flags', 'default_config']
 
 # %% ../../nbs/app/flags.ipynb #1f4f274c
-import difflib, json, re, sys
+import json, re, sys
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +20,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import (NonNegativeFloat, NonNegativeInt,
                                  OpenUnitInterval, PositiveFloat, PositiveInt,
                                  restricted_number_type, restricted_string_type)
+
+from ..lib.show import nearest
 
 # %% ../../nbs/app/flags.ipynb #fa0f1e04
 Below1 = restricted_number_type("Below1", float, [(">=", 0), ("<", 1)])
@@ -198,20 +200,6 @@ def command_parser(name:str)->ArgumentParser:
 # %% ../../nbs/app/flags.ipynb #1c7732d3
 class UsageError(ValueError):
     "What was asked for cannot be meant; exit code 2."
-
-def slips(a:str, b:str)->int: # letters to add, drop, change or swap
-    above, row = [], list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, above, row = above, row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
-            if i > 1 and j > 1 and (x, a[i - 2]) == (b[j - 2], y):
-                row[j] = min(row[j], before[j - 2] + 1)
-    return row[-1]
-
-def nearest(word:str, known)->str: # the likeliest meaning
-    def likeness(name): return difflib.SequenceMatcher(None, word, name).ratio()
-    return min(known, key=lambda name: (slips(word, name), -likeness(name)))
 
 class StrictLoader(yaml.SafeLoader):
     "Safe YAML without aliases, in which a key stands only once."

@@ -40,11 +40,12 @@ def prepared(settings, tokenizer): # -> (train set, validation set, report)
                    max_length=d.max_length, style=d.style,
                    calculator=d.calculator)
 
-def test_problems(settings)->list[dict]:
+def test_problems(settings, limit:int|None=None)->list[dict]:
     "The problems to report on: the generator's three groups evenly."
     from tiny_reason.data import GROUPS, load_problems
     d, seed = settings.data, settings.project.seed
-    source, n = d.test_source or d.source, d.test_samples
+    source = d.test_source or d.source
+    n = min(d.test_samples, limit or d.test_samples)
     if source.endswith((".jsonl", ".json")) and not d.test_source:
         raise ValueError(f"{source} has no test split: name other problems "
                          "by --data.test_source")
