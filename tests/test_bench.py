@@ -86,7 +86,8 @@ def test_every_kind_of_folder(base, rwkv_folder, tokenizer, tmp_path):
     model.save_pretrained(adapter)
     (adapter / "experiment_config.yaml").write_text(
         "data: {style: instruction}\nmodel: {four_bit: true}\n")
-    state, _, style = loading.load_any_model(f"{rwkv_folder}:think", "cpu")
+    state, _, style, _ = loading.load_any(f"{rwkv_folder}:think",
+                                          device="cpu")
     assert (state.config.model_type, style) == (folders.RWKV, "think")
     tuned = add_lora(state, r=2)
     with torch.no_grad():
@@ -99,7 +100,7 @@ def test_every_kind_of_folder(base, rwkv_folder, tokenizer, tmp_path):
                             str(tmp_path / "state adapter")], "cpu")
     assert [e[2] for e in loaded.values()] == [
         "question", "instruction", "question", "think"]
-    plain = loading.load_any_model(str(rwkv_folder), "cpu")[0]
+    plain = loading.load_any(str(rwkv_folder), device="cpu").model
     ids = torch.tensor([[5, 6, 7]])
     with torch.inference_mode():
         logits = [m(ids).logits for m in (
@@ -116,7 +117,7 @@ def test_every_kind_of_folder(base, rwkv_folder, tokenizer, tmp_path):
 def test_damaged_folders(text, words, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises((ValueError, OSError), match=words) as e:
-        loading.load_any_model(str(tmp_path), "cpu")
+        loading.load_any(str(tmp_path), device="cpu")
     assert str(tmp_path) in str(e.value)
 
 
@@ -259,7 +260,7 @@ def test_rows_that_are_none(rows, models):
 
 
 def test_a_context_beyond_the_model(base, tmp_path):
-    model, tokenizer, style = loading.load_any_model(str(base), "cpu")
+    model, tokenizer, style, _ = loading.load_any(str(base), device="cpu")
     model.config.max_position_embeddings = 64
     report = b.bench({"m": (model, tokenizer, style)}, b.named_tasks(
         ["familiar", "perplexity", "speed", "memory"], 2), tmp_path)
@@ -288,7 +289,7 @@ def test_any_name_gives_a_file_of_its_own(a, c):
 
 def test_the_peak_and_the_state_in_16_bit(rwkv_folder):
     "The matrices stay fp32 where the rows are bf16; the formula knows."
-    model, tokenizer, _ = loading.load_any_model(str(rwkv_folder), "cpu")
+    model, tokenizer, *_ = loading.load_any(str(rwkv_folder), device="cpu")
     rows = b.memory(model.bfloat16(), tokenizer, (32, 48))
     assert rows["bytes remembered"] == rows["bytes remembered, predicted"]
     assert rows["bytes at the peak"][48] > rows["bytes remembered"][48]

@@ -28,7 +28,7 @@ from .lib.decode import Batch, chooser
 from .lib.device import machine
 from .lib.disk import write_whole
 from .lib.folders import check_vocabulary, RWKV
-from .lib.loading import load_any_model
+from .lib.loading import load_any
 from .lib.problems import load_problems
 from .lib.prompts import encode_text, STYLES
 from .lib.show import as_table, p_text
@@ -474,9 +474,9 @@ def run_cells(name:str, task, models:dict, who:dict, folder, rounds:int, note,
 
 # %% ../nbs/12_bench.ipynb #acc3ed64
 def load_models(names, device=None)->dict: # name -> (model, tokenizer, style)
-    "`load_any_model` of each. `ValueError`: none, or one name twice."
+    "`load_any` of each. `ValueError`: none, or one name twice."
     if not names: raise ValueError("no models: name at least one")
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ValueError(f"{twice[0]} is named twice: two models of one name "
                          "cannot be told apart")
-    return {name: load_any_model(name, device) for name in names}
+    return {name: load_any(name, device=device)[:3] for name in names}

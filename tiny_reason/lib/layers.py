@@ -92,8 +92,10 @@ def loaded_bytes(model, # a loaded model, with or without adapters
 
 # %% ../../nbs/lib/layers.ipynb #e3d102b2
 @torch.no_grad()
-def full_weight(layer): # fp32 matrix (out, in)
-    "What a linear layer multiplies by: dequantised, active adapters included."
+def full_weight(layer, # linear, NF4 or not, with or without adapters
+                adapters:bool=True, # add those that are active
+                ): # fp32 matrix (out, in)
+    "What a linear layer multiplies by, dequantised."
     adapted = isinstance(layer, BaseTunerLayer)
     linear = layer.get_base_layer() if adapted else layer
     weight, state = linear.weight, getattr(linear.weight, "quant_state", None)
@@ -103,7 +105,7 @@ def full_weight(layer): # fp32 matrix (out, in)
     elif state is not None:
         weight = bnb.functional.dequantize_4bit(weight.data, state)
     weight = weight.detach().float()
-    if adapted and not layer.disable_adapters:
+    if adapters and adapted and not layer.disable_adapters:
         for name in layer.active_adapters:
             if name in layer.lora_A and name not in layer.merged_adapters:
                 weight = weight + layer.get_delta_weight(name).float()

@@ -4,26 +4,26 @@
 
 # %% auto #0
 __all__ = ['torchao_is_known', 'shortage', 'check_room', 'shared_key_attention', 'attention_for', 'shards', 'load_weights',
-           'load_unsloth', 'load_base', 'quiet_saving', 'check_scale', 'merge', 'check_adapter', 'load_tuned',
-           'load_any_model']
+           'load_unsloth', 'load_base', 'quiet_saving', 'check_scale', 'merge', 'check_adapter', 'base_of',
+           'load_tuned', 'Loaded', 'load_any']
 
 # %% ../../nbs/lib/loading.ipynb #50a8f5a5
-import copy, errno, functools, importlib.util, os, shutil
+import copy, errno, functools, importlib.util, json, os, shutil
 from pathlib import Path
+from typing import NamedTuple
 
 # ours before peft and trl, which import bitsandbytes: it would talk
 from .device import available_bytes, compute_dtype
 from .folders import (check_files, check_tensors,
                                      check_vocabulary, find_base,
-                                     load_tokenizer, PRESETS, read_config,
-                                     recorded_hashes)
+                                     load_tokenizer, PRESETS, read_card,
+                                     read_config, recorded_hashes)
 from .layers import (empty_model, full_weight, in_out,
                                     projections, weight_bytes)
 from .prompts import STYLES
 
 import bitsandbytes as bnb
 import torch
-import yaml
 from huggingface_hub import constants, try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import torchao as torchao_layers
@@ -184,6 +184,7 @@ def check_scale(r, alpha, where):
 @torch.no_grad()
 def merge(model, # with or without adapters, NF4 or not; left as it is
           dtype=None, # of the result; `compute_dtype` of the model's device
+          adapters:bool=True, # False: the base alone, as if it had none
           ): # a plain transformers model in evaluation mode
     "Dequantise, add the adapters: 16 bit on a GPU, fp32 on a CPU."
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -201,7 +202,7 @@ def merge(model, # with or without adapters, NF4 or not; left as it is
             continue
         value = getattr(getattr(source, "base_layer", source), leaf)
         if place in matrices and leaf == "weight":
-            value = full_weight(source)
+            value = full_weight(source, adapters)
             value = value.T if isinstance(target, Conv1D) else value
         value = nn.Parameter(value.detach().to(dtype, copy=True).contiguous())
         setattr(target, leaf, value)
@@ -209,6 +210,7 @@ def merge(model, # with or without adapters, NF4 or not; left as it is
     merged.generation_config = copy.deepcopy(base.generation_config)
     return merged.eval()
 
+# %% ../../nbs/lib/loading.ipynb #b7a05c11
 def check_adapter(folder, # of a saved adapter
                   model, # the base it is to be put on
                   base:str, # what that base is called
@@ -238,20 +240,28 @@ def check_adapter(folder, # of a saved adapter
             f"{config.revision[:12]}, but {base} has the weights "
             f"{weights[:12]}. Train it again.")
 
+# %% ../../nbs/lib/loading.ipynb #b7a05c12
+def base_of(folder)->str|None: # None: it holds no adapter
+    "The base that an adapter was made for, as its configuration names it."
+    file = Path(folder).expanduser() / "adapter_config.json"
+    if not file.is_file(): return None
+    recorded = json.loads(file.read_text()).get("base_model_name_or_path")
+    return recorded or "an unrecorded base"
+
 def load_tuned(adapter_path, # folder of a saved adapter
                four_bit:bool=True, # the base's projections in NF4
                device=None, # the GPU if there is one, else the CPU
                base:str=None, # refuse any other base; default: as recorded
                ): # (PeftModel, tokenizer)
     "Load an adapter on the base that its adapter_config.json names."
-    folder = Path(adapter_path)
+    folder = Path(adapter_path).expanduser()
     for file in "adapter_config.json", "adapter_model.safetensors":
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no {file}, so it is not "
                 "a saved adapter. Give the folder that training wrote.")
     check_files(folder)
     config = PeftConfig.from_pretrained(folder)
-    recorded = config.base_model_name_or_path or "an unrecorded base"
+    recorded = base_of(folder)
     source, wanted = find_base(base or recorded)
     if base and wanted != find_base(recorded)[1]:
         raise ValueError(f"The adapter in {folder} was made for {recorded}, "
@@ -265,19 +275,34 @@ def load_tuned(adapter_path, # folder of a saved adapter
     return quiet_saving(tuned), tokenizer
 
 # %% ../../nbs/lib/loading.ipynb #acc3ed64
-def load_any_model(name:str, # preset, folder, hub name; then perhaps :style
-                   device=None, # the GPU if there is one, else the CPU
-                   )->tuple: # (model, tokenizer, style)
+class Loaded(NamedTuple):
+    "What `load_any` found."
+    model: nn.Module # a PeftModel only if it is tuned and not merged
+    tokenizer: object
+    style: str # named after the colon, or trained; a base: "question"
+    tuned: bool # whether there is an adapter
+
+def load_any(name:str, # preset, folder of either, owner/name; perhaps :style
+             adapter=None, # folder of an adapter that was made for `name`
+             four_bit:bool|None=None, # None: as the adapter was trained,
+                                      # and a base alone without
+             device=None, # the GPU if there is one, else the CPU
+             merged:bool=True, # in one piece, neither NF4 nor adapters
+             )->Loaded:
     "Load whatever a name means. Errors say what is missing."
     source, _, style = str(name).rpartition(":")
     if style not in STYLES: source, style = str(name), None
-    folder = Path(source).expanduser()
-    if source in PRESETS or not (folder / "adapter_config.json").is_file():
-        model, tokenizer = load_base(source, False, device)
-        return model.eval(), tokenizer, style or "question"
-    card = folder / "experiment_config.yaml"
-    card = yaml.safe_load(card.read_text()) if card.is_file() else {}
-    four_bit = (card.get("model") or {}).get("four_bit", True)
-    model, tokenizer = load_tuned(folder, four_bit, device)
-    trained = (card.get("data") or {}).get("style", "think")
-    return merge(model), tokenizer, style or trained
+    base = source if adapter else None
+    if not adapter and source not in PRESETS and base_of(source):
+        adapter = source
+    if adapter:
+        card = read_card(Path(adapter).expanduser())
+        if four_bit is None:
+            four_bit = (card.get("model") or {}).get("four_bit", True)
+        model, tokenizer = load_tuned(adapter, four_bit, device, base)
+        trained = (card.get("data") or {}).get("style", "think")
+    else:
+        model, tokenizer = load_base(source, bool(four_bit), device)
+        trained = "question"
+    if merged and (adapter or four_bit): model = merge(model)
+    return Loaded(model, tokenizer, style or trained, bool(adapter))
