@@ -9,7 +9,7 @@ __all__ = ['RUN', 'EXPECTED', 'close_bars', 'complain', 'main', 'quiet']
 import os, sys
 
 from .app import ask, fit
-from .app.flags import COMMANDS, parse, UsageError
+from .app.flags import parse, UsageError
 
 # %% ../nbs/app/cli.ipynb #fddf60dd
 RUN = dict(info=fit.run_info, train=fit.run_train,
