@@ -25,7 +25,7 @@ import torch
 import transformers
 from ladder import cell, p_text
 from spine import problems
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tiny_reason import rwkv
 from tiny_reason.bench import memory, some_text
@@ -37,7 +37,6 @@ from tiny_reason.lib.folders import find_base, load_tokenizer
 from tiny_reason.model import load_base
 from tiny_reason.pretrain import (Plan, as_function, easy_first,
                                   make_optimizers, pretrain, rows, train_step)
-from tiny_reason.transformer import Transformer
 
 HERE = Path(__file__).parent
 PLAN = Plan(steps=600, batch=16, length=256)
@@ -55,11 +54,14 @@ def new_model(arm, tokenizer, seed):
     if arm == "rwkv":
         return rwkv.RWKV7ForCausalLM(rwkv.RWKV7Config(
             len(tokenizer), hidden_size=192, num_hidden_layers=4, **ids))
-    return Transformer(Qwen2Config(
+    model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=4,
         num_attention_heads=3, num_key_value_heads=1, intermediate_size=776,
         max_position_embeddings=CONTEXTS[-1], rope_theta=10_000.0,
-        tie_word_embeddings=True, **ids))
+        tie_word_embeddings=True))
+    model.config.update(ids) # not before, as in tiny_reason's new_model
+    model.generation_config.update(**ids)
+    return model
 
 
 def text(tokenizer, seed, plan):

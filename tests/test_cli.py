@@ -500,6 +500,7 @@ def test_pretrain_on_problems_of_ones_own(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "31 read, 30 kept (dropped: empty question: 1)" in out
     assert "2 steps of 1 × 1 rows of 32, 64 tokens in all" in out
+    assert "memory: at most" in out
     card = yaml.safe_load(Path("out/config.yaml").read_text())
     assert card["model"]["name"] == "out"
     assert cli.main(["evaluate", "--config", "out/config.yaml", "--limit", "1",

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import signal
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -11,15 +12,18 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
+from transformers import Qwen2ForCausalLM
 
 from tiny_reason import pretrain as p, rwkv
-from tiny_reason.data import load_problems
-from tiny_reason.eval import evaluate
+from tiny_reason.bench import accuracy, bench, memory, speed
+from tiny_reason.data import load_problems, prepare
+from tiny_reason.eval import evaluate, generate, perplexity
 from tiny_reason.lib.folders import find_base, read_config
 from tiny_reason.model import add_lora, load_base, load_tuned
 from tiny_reason.lib.checkpoints import checkpoints, last_checkpoint
 from tiny_reason.lib.checkpoints import Stopped
-from tiny_reason.transformer import Transformer, preset_config
+from tiny_reason.train import sft_config, train
+from tiny_reason.transformer import preset_config
 
 torch.set_num_threads(1)
 PLAN = p.Plan(steps=6, batch=2, length=32, warmup=2)
@@ -35,7 +39,7 @@ def model(kind, tokenizer, seed=0):
         return rwkv.RWKV7ForCausalLM(rwkv.RWKV7Config(len(tokenizer), 64, 2))
     if kind == "adapters":
         return add_lora(load_base("student", False, "cpu")[0], r=2, alpha=4)
-    return Transformer(preset_config(
+    return Qwen2ForCausalLM(preset_config(
         "micro", len(tokenizer), hidden_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, intermediate_size=96))
 
@@ -103,12 +107,21 @@ def test_what_is_saved_loads_and_answers(kind, tokenizer, tmp_path):
     loaded, tokenizer = load(str(tmp_path), four_bit=False, device="cpu")
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        mine, theirs = built(ids), loaded(ids).logits
-    mine = getattr(mine, "logits", mine)
+        mine, theirs = built(ids).logits, loaded(ids).logits
     assert torch.allclose(mine, theirs, atol=1e-4)
     problems = list(load_problems("arithmetic", n=2))
     assert evaluate(loaded, tokenizer, problems, "question",
                     max_new_tokens=4).n == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_no_numbers_are_not_saved(kind, tokenizer, tmp_path):
+    built = model(kind, tokenizer)
+    name, weight = list(p.trained(built).items())[-1]
+    with torch.no_grad(): weight[0] = math.inf
+    with pytest.raises(FloatingPointError, match=f"save: .* numbers in {name}"):
+        p.save_model(built, tokenizer, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_older_readers_find_the_base_of_the_angles(tokenizer, tmp_path):
@@ -127,7 +140,8 @@ def test_checkpointed_activations_change_no_gradient(kind, tokenizer):
     found = []
     for checkpointing in (False, True):
         built, calls = model(kind, tokenizer), []
-        if checkpointing: p.checkpoint_activations(built)
+        if checkpointing:
+            built.gradient_checkpointing_enable(dict(use_reentrant=False))
         first = (built.model.blocks[0].ffn if kind == "rwkv" else
                  built.model.layers[0].mlp)
         first.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -278,7 +292,7 @@ def test_rows_beyond_the_context_are_refused(tokenizer, tmp_path):
 
 def test_a_loaded_model_checkpoints_its_activations(tokenizer, tmp_path):
     built = load_base("student", False, "cpu")[0] # in evaluation mode
-    p.checkpoint_activations(built)
+    built.gradient_checkpointing_enable(dict(use_reentrant=False))
     calls, first = [], built.model.layers[0]
     first.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     p.pretrain(built, tokenizer, text(tokenizer), tmp_path, p.Plan(1, 1, length=32),
@@ -369,6 +383,48 @@ def test_a_preset_that_does_not_exist(tokenizer):
         p.new_model("micor", tokenizer)
     with pytest.raises(ValueError, match="did you mean 'tiny-rwkv'"):
         p.new_model("tiny-rwvk", tokenizer)
+
+
+PROMPTS = ["One and one are", "Two and two are", "Three"]
+
+
+def two_steps(built, tokenizer, out):
+    rows, held, _ = prepare("arithmetic", 8, 0.25, tokenizer=tokenizer)
+    args = sft_config(out, device="cpu", max_steps=2, eval_steps=2,
+                      save_steps=2, warmup_steps=1)
+    return train(add_lora(built, r=2, alpha=4), tokenizer, rows, held, args)
+
+
+@pytest.mark.parametrize("use", [
+    lambda m, t, _: len(generate(m, t, PROMPTS, 3, batch_size=2)) == 3,
+    lambda m, t, _: evaluate(m, t, load_problems("arithmetic", n=2),
+                             "question", max_new_tokens=2).n == 2,
+    lambda m, t, _: perplexity(m, t, PROMPTS) == pytest.approx(len(t), rel=0.2),
+    lambda m, t, _: not bench(
+        {"new": (m, t, "question")}, {"few": partial(
+            accuracy, n=2, max_new_tokens=2), "bytes": partial(
+            memory, contexts=(32,)), "pace": partial(speed, contexts=(64,)),
+         }, rounds=1).failed,
+    lambda m, t, _: add_lora(m, r=2, alpha=4)(torch.tensor([[5, 6]])).logits
+        .shape == (1, 2, len(t)),
+    lambda m, t, out: two_steps(m, t, out).steps == 2,
+    ], ids=["generate", "evaluate", "perplexity", "bench", "add_lora", "train"])
+def test_a_new_model_can_be_used_before_it_is_saved(use, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    assert use(p.new_model("micro", tokenizer), tokenizer, tmp_path)
+
+
+def test_a_preset_pads_with_a_token_that_learns(tokenizer):
+    "It ends texts too; given at the start it would get no gradient as input."
+    built = p.new_model("micro", tokenizer)
+    for config in (built.config, built.generation_config):
+        assert config.eos_token_id == tokenizer.eos_token_id
+        assert config.pad_token_id == tokenizer.pad_token_id == 0
+    hidden, = built.model(torch.tensor([[0, 5]]), use_cache=False,
+                          return_dict=False)
+    hidden.sum().backward() # without the head, which shares the table
+    table = built.get_input_embeddings().weight
+    assert table[0].any() and table.grad[0].any()
 
 
 @pytest.mark.parametrize("kind", ["transformer", "rwkv"])

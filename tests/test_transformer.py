@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig,
-                          Qwen2Config)
+                          Qwen2Config, Qwen2ForCausalLM)
 
 from tiny_reason import transformer as t
 from tiny_reason.lib.folders import find_base, load_tokenizer
@@ -168,23 +168,29 @@ def test_initial_weights_are_those_of_transformers():
     (2, 64, {}), (1, 16, {}), (3, 50, dict(tie_word_embeddings=False)),
     (4, 200, dict(num_key_value_heads=6, intermediate_size=512)),
     (2, 8, dict(vocab_size=8000)), (2, 100, dict(vocab_size=8000))])
-def test_training_memory(rows, length, more):
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_training_memory(rows, length, more, by_hand):
     "Activations to the byte, the peak of a second pass within 1 %."
     shape = dict(vocab_size=1152, num_hidden_layers=2) | more
     config = t.preset_config("micro", **shape)
-    model = t.Transformer(config)
+    model = (t.Transformer if by_hand else Qwen2ForCausalLM)(config)
     ids = torch.zeros(rows, length, dtype=torch.long)
 
+    def forward():
+        return model(ids) if by_hand else model(ids, use_cache=False).logits
+
     def step():
-        logits = model(ids)
+        logits = forward()
         F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
 
     step()
-    for model.checkpointing in (False, True):
-        need = t.training_bytes(config, rows, length, model.checkpointing)
-        if not model.checkpointing:
+    for checkpointing in (False, True):
+        if by_hand: model.checkpointing = checkpointing
+        elif checkpointing: model.train().gradient_checkpointing_enable()
+        need = t.training_bytes(config, rows, length, checkpointing)
+        if not checkpointing:
             assert need["activations"] == saved_bytes(
-                model, lambda: model(ids)) - ids.nbytes
+                model, forward) - ids.nbytes
         moving = [need[r] for r in ("activations", "loss", "rest of backward")]
         assert sum(moving) == pytest.approx(peak_bytes(step), rel=0.01)
     assert need["weights"] == sum(p.nbytes for p in model.parameters())

@@ -7,8 +7,8 @@ __all__ = ['LENGTHS', 'ONSETS', 'RIMES', 'MIXTURE', 'CONTROL', 'PATTERN', 'PRESE
            'direct', 'narrative', 'arithmetic', 'symbol', 'symbols', 'documents', 'train_tokenizer', 'student_config',
            'encoded', 'rows', 'Plan', 'make_optimizers', 'rate_at', 'token_loss', 'train_step', 'averages', 'give_back',
            'take_up', 'trained', 'save_checkpoint', 'check_step', 'held_out_loss', 'save_model', 'as_function',
-           'checkpoint_activations', 'take_steps', 'identity', 'set_up', 'finish', 'memory_said', 'train_on',
-           'pretrain', 'new_model', 'check_trained', 'repeated', 'easy_first', 'pretrain_student']
+           'take_steps', 'identity', 'set_up', 'finish', 'memory_said', 'train_on', 'pretrain', 'new_model',
+           'check_trained', 'repeated', 'easy_first', 'pretrain_student']
 
 # %% ../nbs/11_pretrain.ipynb #0c9081e1
 import copy, difflib, hashlib, json, math, random, re, shutil, string, tempfile
@@ -33,7 +33,6 @@ from .lib.disk import discard, flush
 from .lib.prompts import LAYOUTS, SYSTEM_PROMPT
 from .lib.show import progress_bar
 from .lib.stories import draw_problem, OPERATORS, STORIES
-from .transformer import Transformer
 
 import torch
 import torch.nn.functional as F
@@ -233,13 +232,12 @@ def rate_at(step:int, steps:int, warmup:int=100, decay:float=0.3)->float:
 
 # %% ../nbs/11_pretrain.ipynb #64294aae
 def token_loss(forward, x:torch.Tensor, y:torch.Tensor): # ids (rows, length)
-    "Cross-entropy in nats a token; `forward` gives logits, or has them."
+    "Cross-entropy in nats a token; `forward` is as from `as_function`."
     device = x.device.type
     with torch.autocast(device, dtype=torch.bfloat16, enabled=(
             device == "cpu" or compute_dtype(x.device) == torch.bfloat16)):
-        out = forward(x)
-    logits = getattr(out, "logits", out).float()
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        logits = forward(x).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
 
 # %% ../nbs/11_pretrain.ipynb #cecf745d
 def train_step(forward, batches:list)->float: # mean loss; batches of `rows`
@@ -341,9 +339,10 @@ def held_out_loss(model, batches)->float: # nats a token
 
 # %% ../nbs/11_pretrain.ipynb #e19ca614
 def save_model(model, tokenizer, out, dtype=None)->Path:
-    "Write what `load_base` reads, or `load_tuned` if it has adapters."
-    if isinstance(model, Transformer):
-        return transformer.save(model, tokenizer, out, dtype)
+    """Write what `load_base` reads, or `load_tuned` if it has adapters.
+
+    `FloatingPointError`: a trained weight is no number."""
+    transformer.check_finite(trained(model).items(), "save")
     kept = copy.deepcopy(model).to(dtype) if dtype else model
     kept.save_pretrained(out)
     if not hasattr(model, "peft_config"): # adapters alone have no config
@@ -352,17 +351,9 @@ def save_model(model, tokenizer, out, dtype=None)->Path:
     return Path(out)
 
 # %% ../nbs/11_pretrain.ipynb #34da8258
-def as_function(model, compiled:bool=False): # of ids, giving logits
+def as_function(model, compiled:bool=False): # of ids; its result has logits
     "The model without a cache of the past; compiled if asked for."
-    run = torch.compile(model) if compiled else model
-    return (run if isinstance(model, Transformer)
-            else partial(run, use_cache=False))
-
-# %% ../nbs/11_pretrain.ipynb #59f9d926
-def checkpoint_activations(model)->None:
-    "Keep each layer's input alone, and run the layer again going back."
-    if isinstance(model, Transformer): model.checkpointing = True
-    else: model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    return partial(torch.compile(model) if compiled else model, use_cache=False)
 
 # %% ../nbs/11_pretrain.ipynb #b40da0c2
 def take_steps(model, forward, data, optimizers, plan:Plan, done:int, out):
@@ -507,8 +498,12 @@ def new_model(preset:str, # one of PRESETS
     if preset == "student":
         return Qwen2ForCausalLM(student_config(len(tokenizer)))
     if preset in transformer.PRESETS:
-        return Transformer(transformer.preset_config(
-            preset, len(tokenizer), context, **ids))
+        model = Qwen2ForCausalLM(transformer.preset_config(
+            preset, len(tokenizer), context))
+        # not before: a row that pads gets no gradient, and ours ends texts
+        model.config.update(ids)
+        model.generation_config.update(**ids)
+        return model
     config = rwkv.preset_config(preset, len(tokenizer))
     config.update(ids)
     return rwkv.RWKV7ForCausalLM(config)
@@ -521,8 +516,8 @@ def check_trained(model, batches)->float: # nats
         model.config.vocab_size)
     entropies = []
     for x, _ in batches:
-        out = as_function(model)(x.to(device))
-        log_p = getattr(out, "logits", out).float().log_softmax(-1)
+        logits = as_function(model)(x.to(device)).logits
+        log_p = logits.float().log_softmax(-1)
         entropies.append(-(log_p.exp() * log_p).sum(-1).mean().item())
     found = sum(entropies) / len(entropies)
     if found < 0.9 * most: return found

@@ -218,7 +218,7 @@ def plan_line(model, plan, checkpointing:bool)->str:
             f"{plan.steps:,} steps of {plan.accumulation} × {plan.batch} rows "
             f"of {plan.length}, {plan.tokens:,} tokens in all")
     if trained < size: return text
-    if isinstance(model, transformer.Transformer):
+    if model.config.model_type in transformer.FAMILIES:
         parts = transformer.training_bytes(model.config, plan.batch,
                                            plan.length, checkpointing)
     elif isinstance(model, rwkv.RWKV7ForCausalLM):
@@ -238,7 +238,8 @@ def ready_to_pretrain(settings, plan): # -> (model, tokenizer, text, held out)
         model = add_lora(model, **asdict(settings.lora),
                          seed=settings.project.seed)
     checkpointing = settings.training.gradient_checkpointing
-    if checkpointing: p.checkpoint_activations(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
     print(plan_line(model, plan, checkpointing), flush=True)
     return model, tokenizer, documents, held
 
