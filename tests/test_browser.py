@@ -207,8 +207,17 @@ def drive(page, name):
         assert "✓" in text and "✗ 6+1 = 8" in text
         assert '<script>window.hacked=1</script><b class="injected">' in text
     assert page.evaluate(INJECTED) == 0
-    page.locator(".tr-answer summary").last.click()
-    answer = page.locator(".tr-answer").first.inner_text()
+    pane = page.locator(".tr-base").first
+    assert pane.inner_text().startswith("base, asked in plain text")
+    pane.locator("summary").first.press("Enter") # folds, for a keyboard too
+    assert "✓" not in pane.inner_text() and "answer:" in pane.inner_text()
+    pane.locator("summary").first.click()
+    assert "✓" in pane.inner_text()
+    legend = page.locator(".tr-legend").inner_text()
+    assert all(sign in legend for sign in "✓✗?") and "true" in legend
+    assert "Loading weights" not in page.locator("body").inner_text()
+    page.locator(".tr-tuned summary").last.click()
+    answer = page.locator(".tr-tuned").first.inner_text()
     assert "gold answer is 7" in answer and "first token after" in answer
     shots(page, name)
 
@@ -221,6 +230,7 @@ def test_voila(place, env, browser):
         page.locator(".tr-problem textarea").fill(" ")
         page.locator(".tr-solve").click()
         status(page, "Type a problem")
+        page.locator(".tr-asked select").select_option(index=1)
         page.locator(".tr-example select").select_option(index=1)
         page.wait_for_function( # an example brings its right answer along
             "() => document.querySelector('.tr-gold input').value !== '7'")
@@ -230,8 +240,11 @@ def test_voila(place, env, browser):
         page.locator(".tr-solve").click()
         status(page, "thinking")
         status(page, "done", 90)
-        assert page.locator(".tr-answer").first.inner_text().count(
+        assert page.locator(".tr-bars").first.inner_text().count(
             "5 votes") == 2
+        for pane in (".tr-base", ".tr-tuned"):
+            title = page.locator(f"{pane} summary").first.inner_text()
+            assert title.endswith("asked in chat, <think> opened")
         shots(page, "voila-votes")
         page.close()
 

@@ -68,9 +68,32 @@ def test_no_text_becomes_markup(text, name, finished):
     for page in parts:
         found = Tags(page)
         assert found.tags <= OURS
-        assert found.names <= {"class", "style"}
-    if not arithmetic.check_steps(text):
-        assert Tags(widget.render(text, finished)).text == text
+        assert found.names <= {"class", "style", "open"}
+    if not arithmetic.check_steps(text) and not widget.END.search(text):
+        assert Tags(widget.render(text, finished, name)).text == name + text
+
+
+def shown(text, finished=True):
+    "Title, what can be folded, and what stays when it is."
+    head, fold, rest = widget.render(text, finished, "x").partition("</details>")
+    assert "<details open" in head and fold
+    title, _, thought = head.partition("</summary>")
+    return [Tags(part).text for part in (title, thought, rest)]
+
+
+def test_reasoning_folds_and_the_answer_stays():
+    thought = "2*3=6\n6+1=8"
+    want = ["x", "2*3=6 ✓\n6+1=8 ✗ 6+1 = 8", "8 eggs, 4+4=8 ✓"]
+    for said in ("{}\n</think>\n\n**Final Answer:** {}", "{}\n#### {}",
+                 "<think>\n{}\n</think>\n\n{}"):
+        assert shown(said.format(thought, "8 eggs, 4+4=8")) == want
+    # While it is written: judged as far as it is complete.
+    assert shown(thought, False) == ["x", "2*3=6 ✓\n6+1=8", ""]
+    assert shown(thought + "\n</think>", False) == [*want[:2], ""]
+    assert shown(thought + "\n#### 4+4=8", False)[2] == "4+4=8"
+    # What is odd stays to be seen: a second tag, a mark within a line.
+    odd = shown("a <think>\nb\n</think>\n7 #### 8\n</think>")
+    assert odd == ["x", "a <think>\nb", "7 #### 8\n</think>"]
 
 
 @settings(max_examples=50, deadline=None)
@@ -80,6 +103,23 @@ def test_joined_pieces_are_the_text(student, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = tokenizer.decode(ids, skip_special_tokens=True)
     assert "".join(stream.pieces_of(tokenizer, ids)) == whole
+
+
+# Loading says nothing, and leaves the bars as they were
+
+@pytest.mark.parametrize("before", (True, False))
+def test_loading_leaves_no_bars(capsys, before):
+    from transformers.utils import logging
+    switch = (logging.disable_progress_bar, logging.enable_progress_bar)
+    try:
+        switch[before]()
+        widget.load_models("no/such/folder")
+        assert logging.is_progress_bar_enabled() == before
+        with pytest.raises(ValueError): widget.load_models(name="no-such-name")
+        assert logging.is_progress_bar_enabled() == before
+    finally: logging.enable_progress_bar()
+    said = capsys.readouterr()
+    assert said.out + said.err == ""
 
 
 # A stream ends, whatever happens
@@ -289,8 +329,32 @@ def test_usable_after_every_mishap(student, monkeypatch):
         assert solve(ui, gold="", length=16) == "&lt;b&gt;broke&lt;/b&gt;"
     assert solve(ui, "<|im_end|> 🥚 <script>") == "done"
     assert solve(ui, models="base") == "done"
-    assert "tuned" not in ui.parts["tr-answer"].value
+    assert ui.parts["tr-tuned"].layout.display == "none"
     assert not workers()
+
+
+def test_each_pane_names_the_prompt_of_its_model(student, monkeypatch):
+    seen, usual = [], decode.decode_batch
+    def decode_batch(model, prompts, *rest, **more):
+        seen.extend(map(student[1].decode, prompts))
+        return usual(model, prompts, *rest, **more)
+    monkeypatch.setattr(demo, "decode_batch", decode_batch)
+    ui = page(student)
+    plain = f"### Question:\n{QUESTION}\n\n### Answer:\n"
+    for asked in (None, "chat, <think> opened", "plain text"):
+        seen.clear()
+        if asked: ui.parts["tr-asked"].value = asked
+        assert solve(ui, votes=3, length=40) == "done"
+        base = [p for p in seen if p == plain]
+        chat = [p for p in seen if p.endswith("assistant\n<think>\n")]
+        chats = (asked or "").startswith("chat")
+        assert (len(base), len(chat)) == ((0, 6) if chats else (3, 3))
+        named = f"base, asked in {asked or 'plain text'}"
+        tuned = "tuned, asked in chat, <think> opened"
+        votes = Tags(ui.parts["tr-bars"].value).text
+        for name, pane in (named, "base"), (tuned, "tuned"):
+            assert Tags(ui.parts[f"tr-{pane}"].value).text.startswith(name)
+            assert votes.count(name) == 1
 
 
 def test_stop_while_it_votes(student, slow):
