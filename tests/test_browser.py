@@ -149,7 +149,7 @@ def browser():
 def voila(env, place, name):
     port = free_port()
     log = place / f"{name}.log"
-    command = [sys.executable, "-m", "voila", str(place / "pages/app.ipynb"),
+    command = [sys.executable, "-m", "voila", str(place / "pages/page.ipynb"),
                "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}"]
     with serving(command, env, log) as server:
         wait_for(server, f"http://127.0.0.1:{port}/voila/static/voila.js", log)
@@ -276,7 +276,7 @@ def test_lab(place, env, browser):
         base = f"http://127.0.0.1:{port}"
         wait_for(server, f"{base}/api?token=tiny", log)
         page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.goto(f"{base}/lab/tree/app.ipynb?token=tiny&reset",
+        page.goto(f"{base}/lab/tree/page.ipynb?token=tiny&reset",
                   timeout=120_000)
         page.locator("#jp-main-statusbar", has_text="| Idle").wait_for(
             timeout=120_000)

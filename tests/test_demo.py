@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tiny_reason.lib import arithmetic, chat, decode, stream, widget
+from tiny_reason.lib import (arithmetic, chat, decode, stream, verdicts,
+                             widget)
 
 QUESTION = "Nora has 12 eggs. Nora buys 5 eggs. How many eggs has Nora?"
 OURS = {"div", "b", "br", "span", "details", "summary", "i"}
@@ -16,7 +17,7 @@ OURS = {"div", "b", "br", "span", "details", "summary", "i"}
 
 @pytest.fixture(scope="module")
 def student():
-    base, _, tokenizer = widget.load_models("no/such/folder")
+    base, _, tokenizer = widget.load_pair("no/such/folder")
     return base, tokenizer
 
 
@@ -31,7 +32,7 @@ def slow(student, monkeypatch):
             return choose(scores.index_fill(
                 1, scores.new_tensor(ends).long(), -1e9))
         return pick
-    monkeypatch.setattr(demo, "chooser", chooser)
+    monkeypatch.setattr(stream, "chooser", chooser)
 
 
 def workers():
@@ -63,19 +64,19 @@ hostile = st.text() | st.lists(st.sampled_from(
 @settings(max_examples=150, deadline=None)
 @given(hostile, hostile, st.booleans())
 def test_no_text_becomes_markup(text, name, finished):
-    parts = [widget.render(text, finished), widget.card(name, text, "8", text),
+    parts = [verdicts.render(text, finished), verdicts.card(name, text, "8", text),
              widget.bars(name, widget.count_votes([text, name]))]
     for page in parts:
         found = Tags(page)
         assert found.tags <= OURS
         assert found.names <= {"class", "style", "open"}
-    if not arithmetic.check_steps(text) and not widget.END.search(text):
-        assert Tags(widget.render(text, finished, name)).text == name + text
+    if not arithmetic.check_steps(text) and not verdicts.END.search(text):
+        assert Tags(verdicts.render(text, finished, name)).text == name + text
 
 
 def shown(text, finished=True):
     "Title, what can be folded, and what stays when it is."
-    head, fold, rest = widget.render(text, finished, "x").partition("</details>")
+    head, fold, rest = verdicts.render(text, finished, "x").partition("</details>")
     assert "<details open" in head and fold
     title, _, thought = head.partition("</summary>")
     return [Tags(part).text for part in (title, thought, rest)]
@@ -113,9 +114,9 @@ def test_loading_leaves_no_bars(capsys, before):
     switch = (logging.disable_progress_bar, logging.enable_progress_bar)
     try:
         switch[before]()
-        widget.load_models("no/such/folder")
+        widget.load_pair("no/such/folder")
         assert logging.is_progress_bar_enabled() == before
-        with pytest.raises(ValueError): widget.load_models(name="no-such-name")
+        with pytest.raises(ValueError): widget.load_pair(name="no-such-name")
         assert logging.is_progress_bar_enabled() == before
     finally: logging.enable_progress_bar()
     said = capsys.readouterr()
@@ -232,7 +233,7 @@ def prompts(monkeypatch):
     def tokens_of(model, prompt, *rest):
         seen.append(prompt)
         return usual(model, prompt, *rest)
-    monkeypatch.setattr(demo, "tokens_of", tokens_of)
+    monkeypatch.setattr(stream, "tokens_of", tokens_of)
     return seen
 
 
@@ -268,7 +269,7 @@ def test_a_stopped_answer_is_remembered(monkeypatch, capsys, student, slow,
         printed.append(text)
         if len(printed) == 5: signal.raise_signal(signal.SIGINT)
         return usual(text)
-    monkeypatch.setattr(demo, "printable", printable)
+    monkeypatch.setattr(chat, "printable", printable)
     out = talk(monkeypatch, capsys, student, ["first", "/x", "bye", "exit"],
                max_new_tokens=40)
     assert out.count("(stopped)") == 1
@@ -284,9 +285,9 @@ def test_each_mode_reads_a_line_its_own_way(monkeypatch, capsys, student,
     for mode in chat.MODES:
         talk(monkeypatch, capsys, student, ["2 eggs. ", "quit"], mode,
              max_new_tokens=1)
-    reasoning, chat, plain = [student[1].decode(p) for p in prompts]
+    reasoning, turns, plain = [student[1].decode(p) for p in prompts]
     assert reasoning.endswith("assistant\n<think>\n")
-    assert chat.endswith("user\n2 eggs.<|im_end|>\n<|im_start|>assistant\n")
+    assert turns.endswith("user\n2 eggs.<|im_end|>\n<|im_start|>assistant\n")
     assert plain == "2 eggs. " # to the letter
     with pytest.raises(ValueError, match="reasoning, chat, generate"):
         talk(monkeypatch, capsys, student, [], "talk")
@@ -338,7 +339,8 @@ def test_each_pane_names_the_prompt_of_its_model(student, monkeypatch):
     def decode_batch(model, prompts, *rest, **more):
         seen.extend(map(student[1].decode, prompts))
         return usual(model, prompts, *rest, **more)
-    monkeypatch.setattr(demo, "decode_batch", decode_batch)
+    for module in (stream, widget):
+        monkeypatch.setattr(module, "decode_batch", decode_batch)
     ui = page(student)
     plain = f"### Question:\n{QUESTION}\n\n### Answer:\n"
     for asked in (None, "chat, <think> opened", "plain text"):
@@ -380,12 +382,12 @@ def test_stop_while_it_votes(student, slow):
 def test_panes_are_not_set_too_often(student, slow, monkeypatch):
     clock, done = [0], []
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+        patch.setattr(widget, "time", SimpleNamespace(monotonic=lambda: clock[0]))
         often = widget.seldom(done.append, every=10)
         for clock[0] in range(35): often(clock[0])
     assert done == [0, 10, 20, 30]
     # The panes are set by it: not while it says never.
-    monkeypatch.setattr(demo, "seldom", lambda work: lambda *args: None)
+    monkeypatch.setattr(widget, "seldom", lambda work: lambda *args: None)
     ui, times = page(student), []
     ui.parts["tr-base"].observe(times.append, "value")
     assert solve(ui, length=80, models="base") == "done"

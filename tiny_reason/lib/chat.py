@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from .arithmetic import check_steps
 from .prompts import encode_text, encode_texts, one_of, OURS
 from .stream import context_of, pace_text, sound, stream
-from .widget import explain
+from .verdicts import explain
 
 # %% ../../nbs/lib/chat.ipynb #baf4dfc2
 MODES = ("reasoning", "chat", "generate")
