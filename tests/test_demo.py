@@ -32,7 +32,8 @@ def slow(student, monkeypatch):
             return choose(scores.index_fill(
                 1, scores.new_tensor(ends).long(), -1e9))
         return pick
-    monkeypatch.setattr(stream, "chooser", chooser)
+    for module in (stream, widget):
+        monkeypatch.setattr(module, "chooser", chooser)
 
 
 def workers():
