@@ -6,13 +6,13 @@
 __all__ = ['nf4_codebook', 'quantize_nf4', 'dequantize_nf4', 'LoRALinear', 'add_lora']
 
 # %% ../nbs/01_model.ipynb #93111dff
-import logging, math, warnings
+import math
 
 # ours before peft and trl, which import bitsandbytes: it would talk
 from .lib.device import compute_dtype
 from .lib.layers import projection_names, projections
 from .lib.loading import (check_scale, load_base, load_tuned, merge,
-                                     quiet_saving)
+                                     with_adapters)
 from .memory import memory_budget
 
 import torch
@@ -116,4 +116,4 @@ def add_lora(model, # a causal LM; its layers are wrapped in place
                         revision=getattr(model.config, "_commit_hash", None))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return quiet_saving(get_peft_model(model, config))
+        return with_adapters(get_peft_model, model, config)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-# %% ../../nbs/lib/device.ipynb #34af2a5b
+# %% ../../nbs/lib/device.ipynb #d0e1c001
 def compute_dtype(device="cpu"): # a torch device, or its name
     "bf16 from compute capability 8.0 on, fp16 on older GPUs, fp32 elsewhere."
     device = torch.device(device)
@@ -21,6 +21,7 @@ def compute_dtype(device="cpu"): # a torch device, or its name
     recent = torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if recent else torch.float16
 
+# %% ../../nbs/lib/device.ipynb #34af2a5b
 def available_bytes(device="cpu"): # a torch device, or its name
     "Memory that new tensors can take: what is free, and what torch holds idle."
     device = torch.device(device)
@@ -33,7 +34,7 @@ def available_bytes(device="cpu"): # a torch device, or its name
 # %% ../../nbs/lib/device.ipynb #179a51fb
 def device_name(device)->str: # of a torch.device
     "The GPU, or processor and threads: both decide how sums are rounded."
-    if device.type == "cuda": return torch.cuda.get_device_name()
+    if device.type == "cuda": return torch.cuda.get_device_name(device)
     cpu = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()} CPU, {cpu}, {torch.get_num_threads()} threads"
 

@@ -6,9 +6,7 @@
 __all__ = ['empty_model', 'projections', 'projection_names', 'in_out', 'weight_bytes', 'loaded_bytes', 'full_weight']
 
 # %% ../../nbs/lib/layers.ipynb #9b1f0c2d
-import logging, warnings
-# PEFT reads this attribute of every model; whoever trains can do nothing.
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+import copy, logging
 # On CPUs with AVX512-BF16, bitsandbytes logs while it is imported that an
 # optional kernel is missing. It is not used here and would only worry people.
 _kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
@@ -17,9 +15,6 @@ import bitsandbytes as bnb
 _kernels.disabled = False
 
 # %% ../../nbs/lib/layers.ipynb #ca4e60fc
-import copy
-
-
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn

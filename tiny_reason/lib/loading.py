@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['torchao_is_known', 'shortage', 'check_room', 'shared_key_attention', 'attention_for', 'shards', 'load_weights',
-           'load_unsloth', 'load_base', 'quiet_saving', 'check_scale', 'merge', 'check_adapter', 'base_of',
+           'load_unsloth', 'load_base', 'with_adapters', 'check_scale', 'merge', 'check_adapter', 'base_of',
            'load_tuned', 'Loaded', 'load_any']
 
 # %% ../../nbs/lib/loading.ipynb #50a8f5a5
-import copy, errno, functools, importlib.util, json, os, shutil
+import copy, errno, functools, importlib.util, json, os, shutil, warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,8 +168,13 @@ def load_base(name:str="student", # preset, folder, or owner/name on the hub
                                    name)
 
 # %% ../../nbs/lib/loading.ipynb #eca39ef6
-def quiet_saving(tuned): # the same PeftModel
-    "Save adapters alone, without asking the hub about the embedding."
+def with_adapters(wrap, # `get_peft_model` or `PeftModel.from_pretrained`
+                  *args, **options)->PeftModel: # what `wrap` gives
+    "Adapters that are saved alone, without asking the hub about embeddings."
+    with warnings.catch_warnings(): # PEFT reads a name that will go
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`",
+                                FutureWarning)
+        tuned = wrap(*args, **options)
     tuned.save_pretrained = functools.partial(tuned.save_pretrained,
                                               save_embedding_layers=False)
     return tuned
@@ -269,10 +274,11 @@ def load_tuned(adapter_path, # folder of a saved adapter
     on_hub = None if Path(source).is_dir() else config.revision
     model, tokenizer = load_base(wanted, four_bit, device, revision=on_hub)
     check_adapter(folder, model, wanted)
-    tuned = PeftModel.from_pretrained(model, folder, is_trainable=False)
+    tuned = with_adapters(PeftModel.from_pretrained, model, folder,
+                          is_trainable=False)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = check_vocabulary(model, load_tokenizer(folder), folder)
-    return quiet_saving(tuned), tokenizer
+    return tuned, tokenizer
 
 # %% ../../nbs/lib/loading.ipynb #acc3ed64
 class Loaded(NamedTuple):
