@@ -1,4 +1,4 @@
-"""What 01_files and 01_model cannot show on a page: other architectures, and
+"""What lib/folders and 01_model cannot show on a page: other architectures, and
 bad files on their way through `load_base` and `load_tuned`.
 
 Everything is tiny and random; nothing asks the network."""
@@ -22,7 +22,7 @@ from transformers import (AutoModelForCausalLM, BertConfig,
 
 from tiny_reason import model as m
 from tiny_reason import memory
-from tiny_reason.lib import layers, loading
+from tiny_reason.lib import device, layers, loading
 from tiny_reason.lib.folders import find_base
 from tiny_reason.lib.card import save_run
 from tiny_reason.train import Run, sft_config
@@ -60,7 +60,8 @@ def base(tmp_path):
 @pytest.fixture
 def adapter(base, tmp_path):
     folder = tmp_path / "adapter"
-    m.add_lora(loading.load_base(base, device="cpu")[0], r=4).save_pretrained(folder)
+    model, _ = loading.load_base(base, device="cpu")
+    m.add_lora(model, r=4).save_pretrained(folder)
     return folder
 
 
@@ -80,7 +81,7 @@ def test_static_rows_are_exact(shape, four_bit, tmp_path):
     assert model.config._attn_implementation == "sdpa"
     tuned = m.add_lora(model, r=5)
     budget = memory.memory_budget(model.config, r=5, batch_tokens=1,
-                             four_bit=four_bit, dtype=torch.float32)
+                                  four_bit=four_bit, dtype=torch.float32)
     for row, size in layers.loaded_bytes(tuned).items():
         assert budget.get(row, 0) == size, row
     ids = torch.arange(8)[None]
@@ -99,7 +100,7 @@ def test_scales_that_are_not_quantised():
         STUDENT, dtype=torch.float32, device_map={"": "cpu"},
         quantization_config=nf4)
     budget = memory.memory_budget(model.config, double_quant=False,
-                             dtype=torch.float32)
+                                  dtype=torch.float32)
     counted = layers.loaded_bytes(model)
     assert counted.pop("adapters") == 0
     assert counted == {row: budget[row] for row in counted}
@@ -136,14 +137,14 @@ def test_budget_rows():
     assert big["optimiser"] < big["gradients"] * 2 # some of it may be paged out
     with pytest.raises(ValueError, match="states of 'sgd'"):
         memory.adapter_bytes(shape, 16, "sgd")
-    for wrong in (dict(r=0), dict(batch_tokens=0), dict(r=-1, cache_tokens=9)):
+    for wrong in (dict(r=0), dict(batch_tokens=0), dict(r=-1)):
         with pytest.raises(ValueError, match="needs r and batch_tokens"):
             memory.memory_budget(qwen, **wrong)
     with pytest.raises(ValueError, match="not for gpt2"):
         memory.memory_budget(GPT2Config())
-    cache = memory.memory_budget(qwen, r=0, four_bit=False, cache_tokens=10)
-    assert cache["KV cache"] == 2 * 2 * 2 * 16 * 2 * 10
-    assert cache["adapters"] == 0 and "gradients" not in cache
+    answers = memory.answer_budget(qwen, 10)
+    assert answers["KV cache"] == 2 * 2 * 2 * 16 * 2 * 10
+    assert {*answers} == {"unquantised weights", "tables", "KV cache"}
     assert memory.largest_batch(qwen, card_bytes=1e3) == {False: 0, True: 0}
     small, large = [memory.largest_batch(qwen, size)[False] for size in (1e8, 2e8)]
     assert 0 < small < large
@@ -434,16 +435,16 @@ def test_numbers_and_names():
 # --- room and backends --------------------------------------------------------
 
 def test_not_enough_memory(base, monkeypatch):
-    monkeypatch.setattr(m.psutil, "virtual_memory",
+    monkeypatch.setattr(device.psutil, "virtual_memory",
                         lambda: types.SimpleNamespace(available=10_000))
-    monkeypatch.setattr(m, "load_weights", None) # would fail if it were reached
+    monkeypatch.setattr(loading, "load_weights", None) # would fail if it were reached
     with pytest.raises(MemoryError, match="GB is missing"):
         loading.load_base(base, device="cpu")
 
 
 def test_not_enough_disk(monkeypatch):
     config = SHAPES["qwen2, untied"]
-    monkeypatch.setattr(m.shutil, "disk_usage",
+    monkeypatch.setattr(loading.shutil, "disk_usage",
                         lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="GB is missing") as caught:
         loading.check_room(config, "nobody/has-this", True, torch.device("cpu"),

@@ -16,7 +16,7 @@ from tiny_reason.demo import stream
 from tiny_reason.eval import evaluate
 from tiny_reason.lib.decode import generate_ids
 from tiny_reason.lib.layers import loaded_bytes
-from tiny_reason.memory import peak_bytes
+from tiny_reason.memory import cache_bytes, peak_bytes
 from tiny_reason.model import (add_lora, load_base, load_tuned, memory_budget,
                                merge)
 from tiny_reason.rwkv import (Memory, RWKV7Config, RWKV7ForCausalLM, chunked,
@@ -308,7 +308,7 @@ def test_rows_of_the_budget_are_exact(four_bit, rwkv_folder):
     for row, size in loaded_bytes(tuned).items():
         assert budget.get(row, 0) == size, row
     with pytest.raises(ValueError, match="no KV cache"):
-        memory_budget(model.config, r=0, cache_tokens=10)
+        cache_bytes(model.config, 10)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -88,7 +88,7 @@ def bytes_remembered(model, tokens:int)->int:
     "What a model keeps of a text of so many tokens, by formula alone."
     c, size = model.config, model.dtype.itemsize
     if c.model_type != RWKV:
-        return cache_bytes(model, 0, size, tokens)["KV cache"]
+        return cache_bytes(c, tokens, size)
     from tiny_reason.rwkv import state_bytes
     rows = 2 * c.num_hidden_layers * c.hidden_size # in the model's precision,
     larger = max(4, size)                   # the matrices in fp32 at least
