@@ -205,7 +205,7 @@ def impatient(monkeypatch):
     def ask_one(client, request, timeout):
         bad = request["messages"][-1]["content"] == "bad"
         return usual(client, request, 0.5 if bad else timeout)
-    monkeypatch.setattr(distill, "ask_one", ask_one)
+    monkeypatch.setattr(teachers, "ask_one", ask_one)
 
 
 @pytest.mark.parametrize("act, why", FAULTS.values(), ids=FAULTS)

@@ -215,7 +215,7 @@ def test_what_torch_holds_idle_is_room_for_rows(student, monkeypatch):
     one = 10**9 // decode.rows_that_fit(model, positions)
     seen = types.SimpleNamespace(device=cuda, dtype=model.dtype,
                                  config=model.config)
-    monkeypatch.setattr(ev, "row_bytes", lambda *_: one, raising=False)
+    monkeypatch.setattr(decode, "row_bytes", lambda *_: one)
     for name, gigabytes in (("reserved", 7), ("allocated", 1)):
         monkeypatch.setattr(torch.cuda, f"memory_{name}",
                             lambda _, n=gigabytes: n * 10**9)
@@ -244,7 +244,7 @@ def scripted(monkeypatch, tokenizer, text, stop):
     def choose(scores):
         step[0] += 1
         return torch.full_like(scores[:, 0], ids[step[0]], dtype=torch.long)
-    monkeypatch.setattr(ev, "chooser", lambda *_: choose)
+    monkeypatch.setattr(decode, "chooser", lambda *_: choose)
     return ids
 
 
@@ -337,10 +337,10 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, student):
     def count(*args, **kwargs):
         seen.append(len(args[2]))
         return real(*args, **kwargs)
-    real, decode.generate_ids = decode.generate_ids, count
+    real, ev.generate_ids = ev.generate_ids, count
     try: resumed = ev.evaluate(*student, problems, records=path, resume=True,
                                **how)
-    finally: decode.generate_ids = real
+    finally: ev.generate_ids = real
     assert seen == [60 - len(kept)]
     fresh = ev.evaluate(*student, problems, **how)
     assert [r["completion"] for r in resumed.records] == [
@@ -363,6 +363,16 @@ def test_a_bad_line_is_named_and_a_torn_one_left_out(tmp_path):
     assert len(journal.read_records(path)) == 1
     path.write_text("[1]\n" + good + "\n")
     with pytest.raises(ValueError, match="line 1"): journal.read_records(path)
+
+
+def test_two_evaluations_do_not_share_a_file(tmp_path, student):
+    path = tmp_path / "records.jsonl"
+    problems = load_problems("arithmetic", split="validation", n=1)
+    with journal.alone(path, "records"):
+        with pytest.raises(BlockingIOError, match="another process"):
+            ev.evaluate(*student, problems, max_new_tokens=1, records=path)
+    ev.evaluate(*student, problems, max_new_tokens=1, records=path)
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_compare_pairs_by_question():

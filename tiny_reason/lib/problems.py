@@ -11,11 +11,13 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 
+from .journal import read_lines
 from .stories import make_problems, SPLITS
 
 # %% ../../nbs/lib/problems.ipynb #5c5fc229
-def read_line(line:bytes)->dict: # question and answer
+def read_line(line:bytes)->dict|None: # question and answer; None: a blank
     "One problem; `ValueError` says what is wrong with the line."
+    if not line.strip(): return None
     try: row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise ValueError("not UTF-8; save the file in that encoding") from None
@@ -38,13 +40,7 @@ def read_line(line:bytes)->dict: # question and answer
 def read_jsonl(path:Path, # one JSON object a line
                )->list[dict]: # question and answer of every line
     "Read problems; `ValueError` names the file and line of a bad one."
-    rows = []
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip(): rows.append(read_line(line))
-        except ValueError as e:
-            raise ValueError(f"{path}, line {number}: {e}") from None
+    rows = [row for row in read_lines(path, read_line) if row]
     if not rows: raise ValueError(f"{path}: the file holds no problem")
     return rows
 
