@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from statsmodels.stats.multitest import multipletests
 
 from tiny_reason import bench as b
-from tiny_reason.lib import cells, folders, loading, stats
+from tiny_reason.lib import cells, folders, loading, show, stats
 from tiny_reason.data import make_problems
 from tiny_reason.lib.folders import find_base, load_tokenizer
 from tiny_reason.model import add_lora, load_base
@@ -73,7 +73,7 @@ def test_a_ratio_is_taken_within_a_round():
     "Three rounds, each twice as slow as the one before: the ratio stands."
     fast = [dict(s={"1": x}) for x in (1, 2, 4)]
     slow = [dict(s={"1": 3 * x}) for x in (1, 2, 4)]
-    cell = dict(rows=b.middle(slow), rounds=slow)
+    cell = dict(rows=b.median_rows(slow), rounds=slow)
     found = b.figures(cell, "s", "1", dict(rounds=fast))
     assert found == dict(value=6, ratio=3)
 
@@ -164,10 +164,11 @@ def test_every_part_of_the_identity_counts(models, tokenizer, tmp_path):
 def test_a_changed_grader_is_another_task(tmp_path, monkeypatch):
     "Whatever a task calls of this package is part of what it is."
     package = shutil.copytree(files("tiny_reason"), tmp_path / "package")
-    monkeypatch.setattr(b, "files", lambda name: package, raising=False)
+    monkeypatch.setattr(cells, "files", lambda name: package)
     told, own = (cells.task_identity(t) for t in (b.TASKS["taught"], layers))
-    for name, was, now in (("grading.py", "value == want", "value != want"),
-                           ("data.py", "Final Answer:", "Answer:"),
+    for name, was, now in (("lib/answers.py", "value == want",
+                            "value != want"),
+                           ("lib/prompts.py", "### Question", "## Question"),
                            ("stories.yaml", "buys", "gets")):
         text = (package / name).read_text()
         assert was in text
@@ -256,7 +257,7 @@ def test_rows_that_are_none(rows, models):
     report = b.bench(models, {"bad": lambda model, tokenizer: rows})
     assert len(report.failed) == 2 and report.lines == []
     assert "task return" in report.failed[0]["error"]
-    assert "Failed" in b.to_markdown(report)
+    assert "Failed" in show.bench_markdown(report)
 
 
 def test_a_context_beyond_the_model(base, tmp_path):
@@ -304,7 +305,7 @@ def test_answers_of_an_interrupted_cell_are_kept(models, tmp_path, monkeypatch):
     def decode(model, prompts, *args):
         assert prompts == []
         return []
-    monkeypatch.setattr("tiny_reason.eval.decode_batch", decode)
+    monkeypatch.setattr("tiny_reason.lib.decode.decode_batch", decode)
     report = b.bench(models, tasks, tmp_path, resume=True)
     assert report.failed == []
     assert report.cells[one, "few"]["rows"] == before[one, "few"]["rows"]

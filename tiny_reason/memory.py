@@ -187,7 +187,7 @@ def cache_bytes(config, tokens:int, # of all rows
                 )->int:
     "A key and a value of each layer for each token."
     if config.model_type == RWKV:
-        raise ValueError("An RWKV-7 has no KV cache: rwkv.state_bytes is what "
+        raise ValueError("An RWKV-7 has no KV cache: rwkv.memory_bytes is what "
                          "it keeps of a text, however long.")
     _, key = attention_widths(config)
     return 2 * config.num_hidden_layers * key * itemsize * tokens

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'recurrent', 'visible', 'chunked', 'run_chunks', 'shifted', 'ChannelMix', 'ranks', 'RWKV7Config',
            'at_least_fp32', 'TimeMix', 'start_time_mix', 'Memory', 'Block', 'find_starts', 'memories_of', 'RWKV7Model',
            'RWKV7ForCausalLM', 'reference_names', 'check_finite', 'read_pth', 'shape_of', 'from_reference',
-           'state_bytes', 'preset_config', 'count_parameters', 'activation_bytes', 'adapter_activations',
+           'memory_bytes', 'preset_config', 'count_parameters', 'activation_bytes', 'adapter_activations',
            'training_bytes', 'make_optimizer']
 
 # %% ../nbs/10_rwkv.ipynb #03027092
@@ -438,7 +438,7 @@ def from_reference(path)->RWKV7ForCausalLM: # fp32
     return model.eval()
 
 # %% ../nbs/10_rwkv.ipynb #c5c46bf8
-def state_bytes(config, itemsize:int=4)->int: # of one text, of any length
+def memory_bytes(config, itemsize:int=4)->int: # of one text, of any length
     "Two rows of token shift and a square matrix a head, in every layer."
     c = config
     return itemsize * c.num_hidden_layers * (2 + c.head_size) * c.hidden_size

@@ -165,7 +165,8 @@ def traces_line(report:dict, filtered:dict, out:Path, chosen:Path)->str:
 # %% ../../nbs/app/ask.ipynb #72a073c4
 def run_bench(settings)->None:
     "Compare models on tasks; a table, a picture and every cell are saved."
-    from tiny_reason.bench import bench, load_models, named_tasks, to_markdown
+    from tiny_reason.bench import bench, load_models, named_tasks
+    from tiny_reason.lib.show import bench_markdown
     s, folder = settings, settings.project.output_dir
     if not s.models or not s.tasks:
         raise UsageError("bench needs --models and --tasks (see bench --help)")
@@ -177,7 +178,7 @@ def run_bench(settings)->None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{folder} holds the finished cells. To go on: "
                                 "the same command with --resume") from None
-    print(to_markdown(report), f"saved: {folder}/bench.md, bench.json, "
+    print(bench_markdown(report), f"saved: {folder}/bench.md, bench.json, "
           "bench.png, and every cell in cells/", sep="\n\n")
     if report.failed:
         raise ValueError(f"{len(report.failed)} of {len(report.cells)} cells "
