@@ -1,4 +1,4 @@
-"""What the parts of `cuda.py` share: sizes, problems, a base, and pretence."""
+"""What the parts of `on_cuda.py` share: sizes, problems, a base, and pretence."""
 import contextlib, copy, gc
 from pathlib import Path
 from unittest.mock import patch

@@ -1,6 +1,6 @@
 """What a GPU machine without a network needs, in at most 64 MiB.
 
-`python benchmarks/cuda.py --pack` calls `pack`. It runs where this repository
+`python benchmarks/on_cuda.py --pack` calls `pack`. It runs where this repository
 is installed with its dependencies (`make install`) and fetches, by pip, the
 wheels that the other machine lacks, in the versions that are installed here.
 """
@@ -145,7 +145,7 @@ test -d /tmp/site || python3 -m pip install -q --no-index --no-deps \\
   --no-compile --target /tmp/site {near}/wheels/*.whl || exit
 export PYTHONPATH=/tmp/site HF_HOME={near}/hub HF_HUB_OFFLINE=1
 # first whether it runs at all, then the three parts
-python3 -u benchmarks/cuda.py --smoke --part all --out /tmp/smoke
-python3 -u benchmarks/cuda.py --part right --out ${{OUT:-_build/cuda_out}}
-python3 -u benchmarks/cuda.py --part train --out ${{OUT:-_build/cuda_out}}
-python3 -u benchmarks/cuda.py --part decode --out ${{OUT:-_build/cuda_out}}"""
+python3 -u benchmarks/on_cuda.py --smoke --part all --out /tmp/smoke
+python3 -u benchmarks/on_cuda.py --part right --out ${{OUT:-_build/cuda_out}}
+python3 -u benchmarks/on_cuda.py --part train --out ${{OUT:-_build/cuda_out}}
+python3 -u benchmarks/on_cuda.py --part decode --out ${{OUT:-_build/cuda_out}}"""

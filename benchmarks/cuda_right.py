@@ -1,4 +1,4 @@
-"""Part *right* of `cuda.py`: each function gives the rows of one table.
+"""Part *right* of `on_cuda.py`: each function gives the rows of one table.
 
 `ok` says whether a row is as it should be."""
 import contextlib, json, math, os, shutil, signal, subprocess, sys, time

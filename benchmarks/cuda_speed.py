@@ -1,4 +1,4 @@
-"""Parts *train* and *decode* of `cuda.py`: rows, and what is told of them."""
+"""Parts *train* and *decode* of `on_cuda.py`: rows, and what is told of them."""
 import contextlib, importlib.util, json, math, statistics, tempfile, time
 from pathlib import Path
 from unittest.mock import patch

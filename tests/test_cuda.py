@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT)) # a folder without a package: `benchmarks`
-from benchmarks import cuda, cuda_pack
+from benchmarks import cuda_pack, on_cuda as cuda
 
 
 # The parts, in a tiny shape
@@ -20,7 +20,7 @@ def out(tmp_path_factory):
     "All parts in a process of their own, as somebody would start them."
     folder = tmp_path_factory.mktemp("out")
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "cuda.py", "--smoke", "--part",
+        [sys.executable, ROOT / "benchmarks" / "on_cuda.py", "--smoke", "--part",
          "all", "--out", folder], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

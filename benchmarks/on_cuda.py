@@ -1,8 +1,8 @@
 """Is everything right on a GPU, and how fast is it there? Half an hour's work.
 
-    python benchmarks/cuda.py --pack [FOLDER] [--hub HF_HOME]
-    python benchmarks/cuda.py --part right|train|decode|all --out FOLDER
-    python benchmarks/cuda.py --report FOLDER > benchmarks/cuda.md
+    python benchmarks/on_cuda.py --pack [FOLDER] [--hub HF_HOME]
+    python benchmarks/on_cuda.py --part right|train|decode|all --out FOLDER
+    python benchmarks/on_cuda.py --report FOLDER > benchmarks/cuda.md
 
 `--pack` gathers what a GPU machine without a network needs (`cuda_pack.py`)
 and prints what to type there. A part (`cuda_right.py`, `cuda_speed.py`) ends
@@ -16,9 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# A script's own folder comes first, and would hide NVIDIA's package `cuda`.
-sys.path[:] = [str(ROOT), *(p for p in sys.path if p and Path(p).resolve()
-                            not in (ROOT, ROOT / "benchmarks"))]
+# This file is not called `cuda`: a script's own folder comes first in sys.path,
+# and would hide NVIDIA's package of that name.
+sys.path.insert(0, str(ROOT))
 
 
 def parts():
@@ -119,7 +119,7 @@ def report(folder):
         if not path.is_file(): continue
         found = json.loads(path.read_text())
         versions = ", ".join(f"{p} {v}" for p, v in found["versions"].items())
-        lines += [f"`python benchmarks/cuda.py --part {name}` on "
+        lines += [f"`python benchmarks/on_cuda.py --part {name}` on "
                   f"{found['device']}; {versions}."
                   + " **Smoke: no figure means anything.**" * found["smoke"],
                   ""]
