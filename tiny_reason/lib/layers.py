@@ -28,6 +28,7 @@ def empty_model(config, # a transformers `PretrainedConfig`
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config))
 
+# %% ../../nbs/lib/layers.ipynb #1be0c004
 def projections(model, # a causal LM
                 ): # {full name: linear module}, the output head left out
     "Every linear layer that NF4 compresses and LoRA adapts."
@@ -39,11 +40,13 @@ def projection_names(model): # e.g. ["down_proj", "gate_proj", ...]
     "The last parts of the names of `projections`: LoRA's target modules."
     return sorted({name.rpartition(".")[2] for name in projections(model)})
 
+# %% ../../nbs/lib/layers.ipynb #1be0c006
 def in_out(layer): # (in, out)
     "Widths of a linear layer, also where it is called `Conv1D`."
     if isinstance(layer, Conv1D): return layer.nx, layer.nf
     return layer.in_features, layer.out_features
 
+# %% ../../nbs/lib/layers.ipynb #1be0c008
 def weight_bytes(model, # from `empty_model`
                  four_bit:bool, # projections in NF4
                  double_quant:bool, # their scales in 8 bits
