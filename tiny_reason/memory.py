@@ -187,8 +187,8 @@ def cache_bytes(config, tokens:int, # of all rows
                 )->int:
     "A key and a value of each layer for each token."
     if config.model_type == RWKV:
-        raise ValueError("An RWKV-7 has no KV cache: rwkv.memory_bytes is what "
-                         "it keeps of a text, however long.")
+        raise ValueError("An RWKV-7 has no KV cache: rwkv.memory_bytes is "
+                         "what it keeps of a text, however long.")
     _, key = attention_widths(config)
     return 2 * config.num_hidden_layers * key * itemsize * tokens
 
