@@ -5,39 +5,34 @@
 # %% auto #0
 __all__ = ['LENGTHS', 'ONSETS', 'RIMES', 'MIXTURE', 'CONTROL', 'PATTERN', 'PRESETS', 'draw_story', 'made_up', 'worked', 'chat',
            'direct', 'narrative', 'arithmetic', 'symbol', 'symbols', 'documents', 'train_tokenizer', 'student_config',
-           'encoded', 'rows', 'Plan', 'make_optimizers', 'rate_at', 'token_loss', 'train_step', 'averages', 'give_back',
-           'take_up', 'trained', 'save_checkpoint', 'check_step', 'held_out_loss', 'save_model', 'as_function',
-           'take_steps', 'identity', 'set_up', 'finish', 'memory_said', 'train_on', 'pretrain', 'new_model',
-           'check_trained', 'repeated', 'easy_first', 'pretrain_student']
+           'encoded', 'rows', 'Plan', 'make_optimizers', 'rate_at', 'token_loss', 'train_step', 'as_function',
+           'take_steps', 'held_out_loss', 'save_model', 'pretrain', 'new_model', 'check_trained', 'repeated',
+           'easy_first', 'pretrain_student']
 
 # %% ../nbs/11_pretrain.ipynb #0c9081e1
-import copy, difflib, hashlib, json, math, random, re, shutil, string, tempfile
-import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import copy, json, math, random, re, string
+from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
-# ours before peft and trl, which import bitsandbytes: it would talk
+# ours before peft, which imports bitsandbytes: it would talk
 import tiny_reason.lib.layers
 from . import rwkv, transformer
 from .data import parse_answer, strip_calculator
-from .lib.checkpoints import (checkpoints, disk_full,
-                                         last_checkpoint, seal, stop_on_signal,
-                                         Stopped)
+from .lib.checkpoints import checkpoints
 from .lib.device import compute_dtype
-from .lib.disk import discard, flush
+from .lib.disk import discard, staged
+from .lib.loop import (check_model, check_step, follow, identity,
+                                  memory_said, restore, State, step_batches,
+                                  trained, with_first)
 from .lib.prompts import LAYOUTS, SYSTEM_PROMPT
-from .lib.show import progress_bar
+from .lib.show import nearest
 from .lib.stories import draw_problem, OPERATORS, STORIES
 
 import torch
 import torch.nn.functional as F
-from peft import load_peft_weights, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from tokenizers import (decoders, models, normalizers, pre_tokenizers, Regex,
                         Tokenizer, trainers)
 from transformers import (GenerationConfig, PreTrainedTokenizerFast,
@@ -249,82 +244,24 @@ def train_step(forward, batches:list)->float: # mean loss; batches of `rows`
         total += loss.item()
     return total
 
-# %% ../nbs/11_pretrain.ipynb #ce9d80ad
-def averages(optimizers)->dict: # "optimiser.parameter.name" -> tensor
-    "What the optimisers remember, ready for safetensors."
-    return {f"{i}.{j}.{name}": torch.as_tensor(value).detach().clone()
-            for i, optimizer in enumerate(optimizers)
-            for j, p in enumerate(optimizer.param_groups[0]["params"])
-            for name, value in optimizer.state[p].items()}
+# %% ../nbs/11_pretrain.ipynb #34da8258
+def as_function(model, compiled:bool=False): # of ids; its result has logits
+    "The model without a cache of the past; compiled if asked for."
+    return partial(torch.compile(model) if compiled else model, use_cache=False)
 
-# %% ../nbs/11_pretrain.ipynb #6c4defaf
-def give_back(optimizers, tensors:dict)->None: # of `averages`
-    "Let the optimisers remember it again."
-    for key, t in tensors.items():
-        i, j, name = key.split(".", 2)
-        optimizer = optimizers[int(i)]
-        p = optimizer.param_groups[0]["params"][int(j)]
-        if t.ndim: t = t.to(p.device)
-        elif t.dtype == torch.int64: t = int(t) # 8-bit AdamW counts so
-        optimizer.state[p][name] = t
-
-def take_up(out, model, optimizers, run:dict)->list: # the log so far
-    "Load the newest whole checkpoint. `ValueError` if it is of another run."
-    newest = last_checkpoint(out)
-    if newest is None: return []
-    state = json.loads(Path(newest, "trainer_state.json").read_text())
-    for key, mine in run.items():
-        theirs = state.get("run", {}).get(key)
-        if theirs != mine:
-            raise ValueError(f"{newest} was made with another {key}: {theirs}, "
-                             f"not {mine}. Resume with what it began with.")
-    if hasattr(model, "peft_config"):
-        set_peft_model_state_dict(model, load_peft_weights(newest, "cpu"))
-    else:
-        with torch.no_grad():
-            for name, t in load_file(Path(newest, "model.safetensors")).items():
-                model.get_parameter(name).copy_(t)
-    give_back(optimizers, load_file(Path(newest, "optimizer.safetensors")))
-    return state["log"]
-
-# %% ../nbs/11_pretrain.ipynb #d98aa8cd
-def trained(model)->dict: # name -> parameter
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-# %% ../nbs/11_pretrain.ipynb #afef80fe
-def save_checkpoint(out, model, tokenizer, optimizers, run:dict, log:list):
-    """Write all that a run needs to go on, in one piece. `OSError`: no room.
-
-    `load_base` reads the folder as a model, `load_tuned` as adapters."""
-    out, tensors = Path(out), averages(optimizers)
-    needed = sum(t.nbytes for t in [*trained(model).values(),
-                                    *tensors.values()])
-    folder, staging = out / f"checkpoint-{log[-1]['step']}", out / ".saving"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    if shutil.disk_usage(out).free < needed: raise disk_full(out, needed)
-    save_model(model, tokenizer, staging)
-    save_file(tensors, staging / "optimizer.safetensors")
-    (staging / "trainer_state.json").write_text(
-        json.dumps(dict(run=run, log=log)))
-    seal(staging)
-    discard(folder)
-    staging.rename(folder)
-    flush(out)
-    for old in checkpoints(out):
-        if old != folder: discard(old)
-
-# %% ../nbs/11_pretrain.ipynb #719c57d2
-def check_step(model, loss:float, step:int, rate:float, out)->None:
-    "`FloatingPointError` unless loss and gradients are numbers."
-    norm = torch.nn.utils.get_total_norm(
-        [p.grad for p in model.parameters() if p.grad is not None]).item()
-    if math.isfinite(loss) and math.isfinite(norm): return
-    kept = last_checkpoint(out) or "none was written yet"
-    raise FloatingPointError(
-        f"at step {step} the loss is {loss} and the norm of the gradients "
-        f"{norm}, at a learning rate of {rate:.2g}. No weight was changed by "
-        f"it. Lower the learning rate; the last checkpoint: {kept}")
+# %% ../nbs/11_pretrain.ipynb #b40da0c2
+def take_steps(state:State, forward, batches, # of `step_batches`
+               plan:Plan):
+    "Train; give (step, loss) after each step of the optimisers."
+    for step, some in batches:
+        loss = train_step(forward, some)
+        rate = plan.learning_rate * rate_at(step, plan.steps, plan.warmup)
+        check_step(state, loss, step + 1, rate)
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups: group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+        yield step + 1, loss
 
 # %% ../nbs/11_pretrain.ipynb #17679c37
 @torch.no_grad()
@@ -350,117 +287,7 @@ def save_model(model, tokenizer, out, dtype=None)->Path:
     tokenizer.save_pretrained(out)
     return Path(out)
 
-# %% ../nbs/11_pretrain.ipynb #34da8258
-def as_function(model, compiled:bool=False): # of ids; its result has logits
-    "The model without a cache of the past; compiled if asked for."
-    return partial(torch.compile(model) if compiled else model, use_cache=False)
-
-# %% ../nbs/11_pretrain.ipynb #b40da0c2
-def take_steps(model, forward, data, optimizers, plan:Plan, done:int, out):
-    "Train; give (step, loss) after each step of the optimisers."
-    device = next(model.parameters()).device
-    for step in range(done, plan.steps):
-        batches = [(x.to(device), y.to(device))
-                   for x, y in islice(data, plan.accumulation)]
-        if len(batches) < plan.accumulation:
-            raise ValueError(f"the text ended after {step} of {plan.steps} "
-                             "steps: give more of it, or fewer steps")
-        loss = train_step(forward, batches)
-        rate = plan.learning_rate * rate_at(step, plan.steps, plan.warmup)
-        check_step(model, loss, step + 1, rate, out)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups: group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-        yield step + 1, loss
-
-# %% ../nbs/11_pretrain.ipynb #fa5b141e
-def identity(model, plan:Plan, first)->dict: # first: a pair of `rows`
-    "What a resumed run must share with the one that it goes on with."
-    def digest(x): return hashlib.sha256(repr(x).encode()).hexdigest()[:12]
-    shapes = [(n, *p.shape) for n, p in trained(model).items()]
-    shapes += [(c.lora_alpha, c.lora_dropout, c.base_model_name_or_path,
-                c.revision) for c in getattr(model, "peft_config", {}).values()]
-    size = sum(p.numel() for p in model.parameters())
-    return asdict(plan) | dict(
-        model=f"{model.config.model_type} of {size:,} parameters, "
-              f"{digest(shapes)}", text=digest(first[0].tolist()))
-
-# %% ../nbs/11_pretrain.ipynb #f0215803
-def set_up(model, documents, plan:Plan, out, resume:bool):
-    "Optimisers, the rows to come, what the run is, and its log so far."
-    if torch.float16 in {p.dtype for p in model.parameters()}:
-        raise ValueError("this model is in fp16, where small gradients become "
-                         "0 unless the loss is scaled, and pretrain does not "
-                         "scale it: load it with dtype=torch.float32")
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and plan.length > context:
-        raise ValueError(f"rows of {plan.length:,} tokens are longer than the "
-                         f"model's context of {context:,}: choose shorter rows")
-    data = rows(documents, plan.batch, plan.length)
-    first = next(data, None)
-    if first is None:
-        raise ValueError(f"the text is shorter than one batch, {plan.batch} "
-                         f"rows of {plan.length} tokens: give more of it, or "
-                         "choose a smaller batch")
-    run, data = identity(model, plan, first), chain([first], data)
-    optimizers, log = make_optimizers(model, plan), []
-    if resume: log = take_up(out, model, optimizers, run)
-    else:
-        for old in checkpoints(out): discard(old)
-    done = log[-1]["step"] if log else 0
-    return optimizers, islice(data, done * plan.accumulation, None), run, log
-
-# %% ../nbs/11_pretrain.ipynb #97e99252
-def finish(model, tokenizer, log:list, out, dtype)->None:
-    "Write model, tokenizer and log, each file whole or not at all."
-    with tempfile.TemporaryDirectory(dir=out) as staging:
-        save_model(model, tokenizer, staging, dtype)
-        Path(staging, "pretrain_log.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in log))
-        for file in sorted(Path(staging).iterdir()):
-            flush(file)
-            file.replace(Path(out, file.name))
-    flush(Path(out))
-
 # %% ../nbs/11_pretrain.ipynb #144ad65b
-@contextmanager
-def memory_said(plan:Plan, out):
-    "Turn torch's errors for a lack of memory into a sentence of what to cut."
-    try: yield
-    except RuntimeError as error: # of a GPU, and of a CPU
-        if not (isinstance(error, torch.OutOfMemoryError)
-                or "can't allocate memory" in str(error)): raise
-        raise MemoryError(
-            f"memory ran out with {plan.batch} rows of {plan.length} tokens at "
-            "once. Halve the rows and double the accumulation (--batch_size, "
-            "--gradient_accumulation_steps: the same step), shorten the rows "
-            "(--row_length), or run layers twice (--training."
-            "gradient_checkpointing true). The last checkpoint: "
-            f"{last_checkpoint(out) or 'none was written yet'}") from None
-
-def train_on(model, forward, data, optimizers, save, log:list, plan:Plan,
-             out, held_out, save_every:int)->None:
-    "The steps that are left; `log` grows, and `save(log)` is called."
-    done, before = (log[-1]["step"], log[-1]["seconds"]) if log else (0, 0)
-    start, asked = time.time() - before, SimpleNamespace(asked=0)
-    with memory_said(plan, out), stop_on_signal(asked), progress_bar(
-            plan.steps, initial=done, desc="pre-training", unit="step") as bar:
-        for step, loss in take_steps(model, forward, data, optimizers, plan,
-                                     done, out):
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
-            due = asked.asked or not step % save_every or step == plan.steps
-            if due or step % 20 == 0:
-                log.append(dict(step=step, loss=round(loss, 4),
-                                seconds=round(time.time() - start, 1)))
-            if due and held_out:
-                log[-1]["held_out"] = round(held_out_loss(model, held_out), 4)
-            if due: save(log)
-            if asked.asked and step < plan.steps:
-                raise Stopped(f"stopped at step {step} of {plan.steps}; "
-                              f"{last_checkpoint(out)} is saved", asked.asked)
-
 def pretrain(model, tokenizer, documents, # iterable of lists of ids
              out, # folder for checkpoints, weights, tokenizer and log
              plan:Plan|None=None, held_out=(), # pairs of `rows`
@@ -476,13 +303,25 @@ def pretrain(model, tokenizer, documents, # iterable of lists of ids
     or SIGTERM, after saving. `ValueError`: a checkpoint of another run, or too
     little text. `OSError`: the disk is full. `MemoryError`: what to cut."""
     plan = plan or Plan()
-    optimizers, data, run, log = set_up(model, documents, plan, out, resume)
+    check_model(model, plan.length)
+    first, data = with_first(rows(documents, plan.batch, plan.length), plan)
+    state = State(Path(out), model, make_optimizers(model, plan),
+                  identity(model, plan, first), [])
+    if resume: restore(state)
+    else:
+        for old in checkpoints(out): discard(old)
     model.train() # without it a loaded model would not checkpoint activations
-    save = partial(save_checkpoint, out, model, tokenizer, optimizers, run)
-    train_on(model, as_function(model, compiled), data, optimizers, save, log,
-             plan, out, held_out, save_every)
-    finish(model, tokenizer, log, out, dtype)
-    return log
+    device = next(model.parameters()).device
+    batches = step_batches(data, plan, state.done, device)
+    steps = take_steps(state, as_function(model, compiled), batches, plan)
+    with memory_said(plan, out):
+        follow(state, steps, plan.steps, partial(save_model, model, tokenizer),
+               save_every, held_out and partial(held_out_loss, model, held_out))
+    with staged(out) as folder:
+        save_model(model, tokenizer, folder, dtype)
+        Path(folder, "pretrain_log.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in state.log))
+    return state.log
 
 # %% ../nbs/11_pretrain.ipynb #729b8a4d
 PRESETS = ("student", *transformer.PRESETS, *rwkv.PRESETS)
@@ -491,9 +330,9 @@ def new_model(preset:str, # one of PRESETS
               tokenizer, context:int=2048): # tokens, of a transformer
     "A model of random weights. `ValueError` if there is no such preset."
     if preset not in PRESETS:
-        near = difflib.get_close_matches(str(preset), PRESETS, 1, 0)[0]
         raise ValueError(f"there is no preset {preset!r}; did you mean "
-                         f"{near!r}? There are {', '.join(PRESETS)}")
+                         f"{nearest(preset, PRESETS)!r}? There are "
+                         f"{', '.join(PRESETS)}")
     ids = {k: getattr(tokenizer, k) for k in ("pad_token_id", "eos_token_id")}
     if preset == "student":
         return Qwen2ForCausalLM(student_config(len(tokenizer)))

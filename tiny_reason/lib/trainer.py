@@ -6,21 +6,21 @@
 __all__ = ['LOGIT_CHANGES', 'checked_config', 'labelled', 'isolates', 'safe_layout', 'RecipeTrainer', 'Watch']
 
 # %% ../../nbs/lib/trainer.ipynb #487172fd
-import copy, difflib, json, math, os, signal, sys, time, warnings
+import copy, json, math, os, signal, sys, time, warnings
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 # ours before peft and trl, which import bitsandbytes: it would talk
 import tiny_reason.lib.layers
-from .checkpoints import (checkpoints, is_whole,
+from .checkpoints import (check_same, checkpoints, is_whole,
                                          last_checkpoint, saving,
                                          stop_on_signal, Stopped)
 from .disk import discard, STAGING
 from .fast import ChunkedLoss, plain_layers, quick_layers
 from .loading import shards
 from .shards import Sharding, whole
-from .show import progress_bar
+from .show import nearest, progress_bar
 
 import torch
 from datasets import Dataset
@@ -29,13 +29,13 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-# %% ../../nbs/lib/trainer.ipynb #68576532
+# %% ../../nbs/lib/trainer.ipynb #eab872da
 def checked_config(device:torch.device, **values)->SFTConfig:
     "TRL's configuration of one process; `TypeError` names the nearest field."
     known = {f.name for f in fields(SFTConfig)}
     for name in set(values) - known:
-        near = difflib.get_close_matches(name, known, 1, 0)[0]
-        raise TypeError(f"SFTConfig has no {name!r}; did you mean {near!r}?")
+        raise TypeError(f"SFTConfig has no {name!r}; did you mean "
+                        f"{nearest(name, known)!r}?")
     if device.index and "LOCAL_RANK" not in os.environ: # no launcher's choice
         raise ValueError(f"a process trains on the first GPU that it sees, not "
                          f"on {device}: start it with CUDA_VISIBLE_DEVICES="
@@ -67,7 +67,7 @@ def labelled(rows, name:str, completion_only:bool=True)->Dataset:
                for i, keep in zip(*row)] for row in zip(ids, masks)]
     return Dataset.from_dict(dict(input_ids=ids, labels=labels))
 
-# %% ../../nbs/lib/trainer.ipynb #d2d131c8
+# %% ../../nbs/lib/trainer.ipynb #d655bda6
 @torch.no_grad()
 def isolates(model, first:list[int], second:list[int], # token ids
              )->bool:
@@ -309,12 +309,7 @@ class RecipeTrainer(Sharding, SFTTrainer):
     def resume_from(self, checkpoint:str):
         "Restore the counts of a checkpoint, if it belongs to this run."
         saved = json.loads(Path(checkpoint, "progress.json").read_text())
-        theirs = saved.pop("data")
-        for key, mine in self.identity.items():
-            if theirs.get(key) != mine:
-                raise ValueError(f"{checkpoint} was trained with another "
-                                 f"{key}: {theirs.get(key)}, not {mine}. "
-                                 "Resume with what it began with.")
+        check_same(checkpoint, saved.pop("data"), self.identity)
         self.progress = saved
 
     def find_best(self):
