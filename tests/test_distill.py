@@ -19,10 +19,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from tiny_reason.lib import teachers
+from tiny_reason.lib import journal, teachers
 from tiny_reason.data import build_prompt, load_problems, prepare, to_messages
 from tiny_reason.distill import (Teacher, endpoint_teacher, filter_traces,
-                                 generate_traces, split_trace, trace_of, varied)
+                                 generate_traces, split_trace, trace_of, diverse)
 from tiny_reason.lib.journal import SETTINGS, read_traces
 from tiny_reason.lib.teachers import LARGEST
 from tiny_reason.lib.decode import end_ids, generate_ids, text_of
@@ -621,7 +621,7 @@ def test_a_full_disk_loses_nothing_that_was_written(tmp_path, server):
         n.append(1)
         return Full() if len(n) == 6 else real(trace)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(distill, "json", type("J", (), dict(
+        m.setattr(journal, "json", type("J", (), dict(
             dumps=staticmethod(dumps), loads=json.loads)))
         with pytest.raises(OSError, match="No space"):
             ask(server, out, ask_for(*map(str, range(9))), concurrency=1)
@@ -784,7 +784,7 @@ def test_a_late_mistake_is_a_mistake():
 @given(st.lists(texts, max_size=8), st.integers(1, 9))
 def test_varied_chooses_distinct_traces(texts, most):
     traces = [make("a", text, True, "4", i) for i, text in enumerate(texts)]
-    chosen = [t["sample"] for t in varied(traces, most)]
+    chosen = [t["sample"] for t in diverse(traces, most)]
     assert len(set(chosen)) == len(chosen) == min(most, len(traces))
 
 
@@ -792,7 +792,7 @@ def test_varied_takes_the_odd_one_out():
     cots = ["2+2=4 apples in all", "2+2=4 apples in all.", "Twice two: 2*2=4"]
     for seed in range(6):
         mixed = random.Random(seed).sample(cots, 3)
-        chosen = [t["cot"] for t in varied([dict(cot=c) for c in mixed], 2)]
+        chosen = [t["cot"] for t in diverse([dict(cot=c) for c in mixed], 2)]
         assert cots[2] in chosen and len(set(chosen)) == 2
 
 

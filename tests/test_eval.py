@@ -337,10 +337,10 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, student):
     def count(*args, **kwargs):
         seen.append(len(args[2]))
         return real(*args, **kwargs)
-    real, ev.generate_ids = ev.generate_ids, count
+    real, ev.completions = ev.completions, count
     try: resumed = ev.evaluate(*student, problems, records=path, resume=True,
                                **how)
-    finally: ev.generate_ids = real
+    finally: ev.completions = real
     assert seen == [60 - len(kept)]
     fresh = ev.evaluate(*student, problems, **how)
     assert [r["completion"] for r in resumed.records] == [
@@ -385,13 +385,13 @@ def test_compare_pairs_by_question():
     assert show.plot_runs(rows).axes
 
 
-def test_kinds_of_traces():
+def test_outcomes_of_traces():
     wrong = [["1 + 1 = 3", False]]
-    assert [ev.kind_of(r) for r in (
+    assert [ev.outcome_of(r) for r in (
         record("q", True), record("q", True, steps=wrong),
         record("q", False, steps=wrong), record("q", False),
         record("q", False, value=None),
-        record("q", False, finished=False))] == list(ev.KINDS)
+        record("q", False, finished=False))] == list(ev.OUTCOMES)
     text = ev.show_examples([record("<b>", False, completion="<script>")],
                             ev.taxonomy([record("<b>", False)]))
     assert "<script>" not in text and "&lt;script&gt;" in text

@@ -172,7 +172,7 @@ def test_a_question_does_not_mark_itself():
 
 
 def test_grading_loads_no_torch():
-    code = ("import sys, tiny_reason.grading\n"
+    code = ("import sys, tiny_reason.lib.answers\n"
             "print({'torch', 'transformers', 'datasets'} & set(sys.modules))")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True,
                          text=True, timeout=60)

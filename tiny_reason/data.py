@@ -15,8 +15,9 @@ from datasets import Dataset
 
 from .lib.arithmetic import calculate
 from .lib.problems import load_problems
-from .lib.prompts import (build_prompt, encode_texts, frame, LAYOUTS,
-                                     one_of, OURS, STYLES, SYSTEM_PROMPT, THINK)
+from .lib.prompts import (build_prompt, encode_texts, LAYOUTS,
+                                     one_of, OURS, STYLES, SYSTEM_PROMPT,
+                                     template_ids, THINK)
 from .lib.stories import GROUPS, make_problems
 
 # %% ../nbs/00_data.ipynb #6ef77901
@@ -48,7 +49,7 @@ def write_equations(text:str)->str: # reasoning with annotations
     """Write each annotation out, unless its line holds the equation already.
 
     `ValueError` if one is wrong or is no equation."""
-    def written(found):
+    def written_out(found):
         left, _, right = found[2].partition("=")
         value = calculate(left)
         if value is None or value != calculate(right):
@@ -56,7 +57,7 @@ def write_equations(text:str)->str: # reasoning with annotations
         if "=" in found[1]: return found[1]
         return f"{found[1]}{left}=" + ("" if found[3] else right)
     # What stands before: an equals sign, perhaps with a currency sign.
-    return re.sub(r"(=?\s*[$€£¢]?\s*)<<([^<>]*)>>(?=(\d)?)", written, text)
+    return re.sub(r"(=?\s*[$€£¢]?\s*)<<([^<>]*)>>(?=(\d)?)", written_out, text)
 
 # %% ../nbs/00_data.ipynb #3b69f4e6
 CALCULATOR = {"strip": strip_calculator, "keep": str,
@@ -106,7 +107,7 @@ def encode_problems(problems, # with question and answer
 
     Loss covers the reasoning, the final answer and the end token. All texts go
     to the tokenizer together, which shares them among the cores."""
-    head, tail, opening, end = frame(tokenizer, style, system_prompt)
+    head, tail, opening, end = template_ids(tokenizer, style, system_prompt)
     prompts = [LAYOUTS.get(style, "{}").format(p["question"])
                for p in problems]
     texts = [to_messages(p, style, system_prompt, calculator)["completion"]
@@ -153,6 +154,7 @@ def reason_to_drop(example:dict, calculator:str="strip",
     final = parse_answer(example["answer"])[1]
     if not re.fullmatch(r"-?\d+(\.\d+)?", final): return "answer is no number"
 
+# %% ../nbs/00_data.ipynb #4ce73cce
 def sort_out(problems, calculator:str="strip", style:str="think",
              )->tuple[list[dict], Counter]: # kept, and reason -> dropped
     "Keep each good problem once; another solution of it is not the same."
@@ -167,7 +169,7 @@ def sort_out(problems, calculator:str="strip", style:str="think",
             kept.append(p)
     return kept, dropped
 
-# %% ../nbs/00_data.ipynb #a6073af3
+# %% ../nbs/00_data.ipynb #3b52c0d2
 def hold_back(questions:list[str], # of each row; some may be the same
               share:float)->list[bool]: # whether a row is for validation
     "About a share of the rows; all rows of a question go the same way."
@@ -178,6 +180,7 @@ def hold_back(questions:list[str], # of each row; some may be the same
         total += counts[q]
     return [q in held for q in questions]
 
+# %% ../nbs/00_data.ipynb #a6073af3
 def prepare(source:str="openai/gsm8k", n:int|None=2000,
             validation_split:float=0.1, # share of the kept rows
             seed:int=3407, tokenizer=None, # of the model to be trained

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYSTEM_PROMPT', 'THINK', 'LAYOUTS', 'STYLES', 'OURS', 'one_of', 'control_pattern', 'break_up', 'encode_texts',
-           'encode_text', 'template_parts', 'frame', 'build_prompt']
+           'encode_text', 'template_parts', 'template_ids', 'build_prompt']
 
 # %% ../../nbs/lib/prompts.ipynb #e49ca63e
 import re
@@ -74,8 +74,8 @@ def template_parts(tokenizer)->list[list[int]]:
     return [tokenizer(p, add_special_tokens=False)["input_ids"]
             for p in parts]
 
-def frame(tokenizer, style:str, system_prompt:str,
-          )->tuple[list, list, list, list]: # ids
+def template_ids(tokenizer, style:str, system_prompt:str,
+                 )->tuple[list, list, list, list]: # ids
     "What stands before a question, after it, opens and ends its answer."
     if one_of(style, STYLES) != "think":
         return [], [], [], [tokenizer.eos_token_id]
@@ -93,6 +93,6 @@ def build_prompt(question:str, tokenizer, style:str="think",
     """Ids of the prompt for a question, exactly as in training.
 
     The question and the system prompt cannot form a control token."""
-    head, tail, opening, _ = frame(tokenizer, style, system_prompt)
+    head, tail, opening, _ = template_ids(tokenizer, style, system_prompt)
     text = LAYOUTS.get(style, "{}").format(question)
     return head + encode_text(text, tokenizer) + tail + prime * opening

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STORIES', 'KINDS', 'GROUPS', 'OPERATORS', 'SYMBOLS', 'SPLITS', 'ORDERS', 'reserved_for', 'split_of', 'draw_kinds',
-           'work_out', 'draw_values', 'capital', 'tell', 'draw_problem', 'make_problems']
+           'compute', 'draw_values', 'capitalised', 'put_into_words', 'draw_problem', 'make_problems']
 
 # %% ../../nbs/lib/stories.ipynb #3837cd5a
 import operator, random, re, zlib
@@ -62,7 +62,7 @@ def draw_kinds(rng:random.Random, split:str, group:str,
             continue
         return kinds
 
-def work_out(kind:str, # name of an operation
+def compute(kind:str, # name of an operation
              values:dict, # number of each letter; results are added here
              )->bool: # whether all results are whole, positive and in range
     "Compute the equations of an operation."
@@ -81,32 +81,32 @@ def draw_values(rng:random.Random, kinds:list[str],
             for _ in range(8):
                 v = {s: rng.randint(*ranges[s]) for s in SYMBOLS[kind]}
                 v["x"] = x
-                if work_out(kind, v): break
+                if compute(kind, v): break
             else: break
             steps.append(v)
             x = v["y"]
         if len(steps) == len(kinds): return steps
 
 # %% ../../nbs/lib/stories.ipynb #0fde3d02
-def capital(text:str)->str: return text[0].upper() + text[1:]
+def capitalised(text:str)->str: return text[0].upper() + text[1:]
 
-def tell(rng:random.Random, kinds:list[str], steps:list[dict],
-         )->tuple[str, str]: # question and answer
-    "Put a chain of operations into words, in GSM8K's format."
+def put_into_words(rng:random.Random, kinds:list[str], steps:list[dict],
+                   )->tuple[str, str]: # question and answer
+    "A chain of operations as a story, in GSM8K's format."
     N, F, G = rng.sample(STORIES["names"], 3)
     who = dict(N=N, F=F, G=G, o=rng.choice(STORIES["objects"]))
     start = rng.choice(STORIES["starts"]).format(x=steps[0]["x"], **who)
-    story, lines = [capital(start) + "."], [capital(start) + "."]
+    story, lines = [capitalised(start) + "."], [capitalised(start) + "."]
     for kind, v in zip(kinds, steps):
         words = dict(part=STORIES["parts"].get(v.get("k")),
                      times=STORIES["times"].get(v.get("t")))
         event = rng.choice(KINDS[kind]["wordings"]).format(**who, **words, **v)
-        story.append(capital(rng.choice(STORIES["links"]) + event) + ".")
+        story.append(capitalised(rng.choice(STORIES["links"]) + event) + ".")
         work = []
         for a, op, b, _, c in KINDS[kind]["equations"].split():
             sum_ = f"{v[a]}{op}{v[b]}"
             work.append(f"{sum_}=<<{sum_}={v[c]}>>{v[c]}")
-        lines.append(f"{capital(event)}: {', '.join(work)} {who['o']}.")
+        lines.append(f"{capitalised(event)}: {', '.join(work)} {who['o']}.")
     story.append(rng.choice(STORIES["questions"]).format(**who))
     return " ".join(story), "\n".join(lines + [f"#### {steps[-1]['y']}"])
 
@@ -118,7 +118,7 @@ def draw_problem(rng:random.Random, split:str="train",
     while True:
         chosen = group or rng.choice(GROUPS[:2])
         kinds = draw_kinds(rng, split, chosen, lengths)
-        question, answer = tell(rng, kinds, draw_values(rng, kinds))
+        question, answer = put_into_words(rng, kinds, draw_values(rng, kinds))
         if split_of(question) == split:
             return dict(question=question, answer=answer,
                         kinds=kinds, group=chosen)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 from urllib.parse import urlsplit
 
-from .decode import end_ids, generate_ids, text_of
+from .decode import completions
 from .disk import hashes_of
 from .prompts import build_prompt, SYSTEM_PROMPT, THINK
 
@@ -34,19 +34,16 @@ def local_teacher(model, tokenizer, # a causal language model
                   batch_size:int|None=None, # None: as many as fit
                   )->Teacher:
     "A model in this process as a teacher; named after its weights."
-    stops = end_ids(model, tokenizer)
     folder = Path(getattr(model.config, "_name_or_path", "") or "model").name
     weights = hashes_of(model, [[]], 0)[0]["model_hash"]
     def ask(jobs, done, temperature, max_new_tokens, seed):
         prompts = [build_prompt(q, tokenizer, style) for q, _ in jobs]
-        def end(i, ids, _):
-            done(i, text_of(ids, tokenizer, stops),
-                 bool(ids) and ids[-1] in stops, len(ids))
         # What is left to ask decides the draws: a run that goes on after an
         # interruption does not repeat the draws that it has already made.
-        generate_ids(model, tokenizer, prompts, max_new_tokens, batch_size,
-                     temperature=temperature, done=end,
-                     seed=zlib.crc32(repr((seed, jobs)).encode()))
+        completions(model, tokenizer, prompts, max_new_tokens, batch_size,
+                    temperature=temperature,
+                    seed=zlib.crc32(repr((seed, jobs)).encode()),
+                    done=lambda i, c: done(i, c.text, c.finished, c.tokens))
         return {}
     return Teacher(f"{folder} {weights}", style, ask)
 
