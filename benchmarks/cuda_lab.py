@@ -24,7 +24,7 @@ FULL = dict(
     limit=512, together=(1, 40, 128, 512)) # tokens of an answer; rows
 SMOKE = dict(
     rows=48, steps=5, warm=1, rounds=1, recipe=2,
-    shapes=((1, 512),), killed=4, notebooks="config",
+    shapes=((1, 512),), killed=4, notebooks="00_data",
     alone=1, static=4, slots=(2,), limit=400, together=(2,))
 T4_BYTES = 15.4e9 # that a program can use of one
 

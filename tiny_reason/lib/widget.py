@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from .answers import gold_number
+from .answers import gold_number, grade
 from .decode import chooser, decode_batch, end_ids, text_of
 from .prompts import build_prompt
 from .stories import make_problems
 from .stream import fitted, pace_text, sound, stream, until
-from .verdicts import card, judge, render
+from .verdicts import card, render
 
 # %% ../../nbs/lib/widget.ipynb #d4ff5439
 def load_pair(folder="outputs/student", # of a saved adapter, if there is one
@@ -101,7 +101,7 @@ def more_answers(model, tokenizer, question, # as in `stream`
 
 def count_votes(texts:list[str])->Counter: # answer or "no answer" -> votes
     "Count completions by their answer as a number, the most votes first."
-    votes = Counter(str(v) if (v := judge(t)["value"]) is not None
+    votes = Counter(str(v) if (v := grade(t).value) is not None
                     else "no answer" for t in texts)
     return Counter(dict(votes.most_common()))
 
