@@ -80,9 +80,9 @@ BESIDE_OLD_TORCHAO = """
 import importlib, sys
 from pathlib import Path
 import tiny_reason
-folder = Path(tiny_reason.__file__).parent
-for path in sorted(folder.glob("[!_]*.py")):
-    importlib.import_module(f"tiny_reason.{path.stem}")
+folder = Path(tiny_reason.__file__).parents[1]
+for path in sorted((folder / "tiny_reason").rglob("[!_]*.py")):
+    importlib.import_module(".".join(path.relative_to(folder).parts)[:-3])
 from tiny_reason.model import add_lora, load_base, load_tuned
 import importlib.metadata, torchao
 assert importlib.metadata.version("torchao") == "0.10.0"
@@ -117,7 +117,7 @@ def test_a_lesson_needs_no_clone_beside_it(notebook):
 
 MAKERS = {"tensor", "arange", "zeros", "ones", "full", "eye", "empty", "rand",
           "randn", "randint", "randperm", "Generator"}
-LOADERS = {"load_base", "load_tuned", "load_models"}
+LOADERS = {"load_any", "load_base", "load_tuned"}
 
 
 def calls(cells):
