@@ -253,7 +253,10 @@ def base_of(folder)->str|None: # None: it holds no adapter
     "The base that an adapter was made for, as its configuration names it."
     file = Path(folder).expanduser() / "adapter_config.json"
     if not file.is_file(): return None
-    recorded = json.loads(file.read_text()).get("base_model_name_or_path")
+    try: recorded = json.loads(file.read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{file} cannot be read: it is damaged. Copy it "
+                         "again, or train again.") from None
     return recorded or "an unrecorded base"
 
 def load_tuned(adapter_path, # folder of a saved adapter
@@ -268,8 +271,8 @@ def load_tuned(adapter_path, # folder of a saved adapter
             raise FileNotFoundError(f"{folder} holds no {file}, so it is not "
                 "a saved adapter. Give the folder that training wrote.")
     check_files(folder)
-    config = PeftConfig.from_pretrained(folder)
     recorded = base_of(folder)
+    config = PeftConfig.from_pretrained(folder)
     source, wanted = find_base(base or recorded)
     if base and wanted != find_base(recorded)[1]:
         raise ValueError(f"The adapter in {folder} was made for {recorded}, "
