@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import random
+import shutil
 import signal
 from functools import partial
 from itertools import islice
@@ -20,8 +21,9 @@ from tiny_reason.data import load_problems, prepare
 from tiny_reason.eval import evaluate, generate, perplexity
 from tiny_reason.lib.folders import find_base, read_config
 from tiny_reason.model import add_lora, load_base, load_tuned
-from tiny_reason.lib.checkpoints import checkpoints, last_checkpoint
-from tiny_reason.lib.checkpoints import Stopped
+from tiny_reason.lib.checkpoints import (Stopped, checkpoints,
+                                         last_checkpoint)
+from tiny_reason.lib.loop import averages
 from tiny_reason.train import sft_config, train
 from tiny_reason.transformer import preset_config
 
@@ -71,7 +73,7 @@ def test_adapters_on_a_t4_start_from_fp32(monkeypatch, capability, dtype):
                              "student"])
     monkeypatch.setattr(torch.cuda, "get_device_capability",
                         lambda device=None: capability)
-    monkeypatch.setattr(cli, "chosen_device", lambda settings: "cuda")
+    monkeypatch.setattr(fit, "chosen_device", lambda settings: "cuda")
     monkeypatch.setattr(model, "load_base", lambda *args: args)
     assert fit.beginning(asked) == ("student", False, "cuda", dtype)
 
@@ -159,7 +161,7 @@ def test_bytes_of_the_averages(eight_bit, most, tokenizer):
     optimizers = p.make_optimizers(built, plan)
     p.train_step(p.as_function(built), [next(p.rows(text(tokenizer), 1, 16))])
     for optimizer in optimizers: optimizer.step()
-    size = sum(t.nbytes for t in p.averages(optimizers).values())
+    size = sum(t.nbytes for t in averages(optimizers).values())
     numbers = sum(q.numel() for q in built.parameters())
     assert size < most * numbers
     if not eight_bit: # 4 bytes with Muon, 8 with AdamW
@@ -364,7 +366,7 @@ def test_ctrl_c_saves_and_says_where(tokenizer, tmp_path):
 
 def test_a_full_disk_is_said_and_leaves_nothing_torn(tokenizer, tmp_path,
                                                      monkeypatch):
-    monkeypatch.setattr(p.shutil, "disk_usage",
+    monkeypatch.setattr(shutil, "disk_usage",
                         lambda _: type("Disk", (), dict(free=10)))
     with pytest.raises(OSError, match="the disk of .* is full"):
         run("transformer", tokenizer, tmp_path)

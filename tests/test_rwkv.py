@@ -22,7 +22,7 @@ from tiny_reason.model import (add_lora, load_base, load_tuned, memory_budget,
 from tiny_reason.rwkv import (Memory, RWKV7Config, RWKV7ForCausalLM, chunked,
                               from_reference, recurrent, reference_names,
                               training_bytes)
-from tiny_reason.lib.trainer import LossTrainer
+from tiny_reason.lib.trainer import RecipeTrainer
 from tiny_reason.train import save_run, sft_config, train
 
 torch.set_num_threads(1)
@@ -344,7 +344,7 @@ def test_activations_and_peak_with_lora(dtype, checkpointing, tokenizer,
 def test_out_of_memory_is_explained(rwkv_folder, tmp_path, monkeypatch):
     "Training asks for the budget of this architecture, in 4 bits or not."
     def starved(self, model, inputs): raise torch.OutOfMemoryError("fake")
-    monkeypatch.setattr(LossTrainer, "summed_loss", starved)
+    monkeypatch.setattr(RecipeTrainer, "summed_loss", starved)
     for four_bit in True, False:
         base, words = load_base(rwkv_folder, four_bit, "cpu")
         rows, held, _ = prepare("arithmetic", 44, tokenizer=words)

@@ -7,11 +7,12 @@ import pytest
 import torch
 import yaml
 
-from tiny_reason.app import flags
-from tiny_reason.lib import card
 from tiny_reason import train as lesson
-from tiny_reason.lib import card, checkpoints, device, disk, fast, trainer
+from tiny_reason.app import flags
 from tiny_reason.data import prepare
+from tiny_reason.lib import (card, checkpoints, device, disk, fast, layers,
+                             loading)
+from tiny_reason.lib.trainer import isolates, RecipeTrainer
 from tiny_reason.lib.folders import load_tokenizer
 from tiny_reason.model import add_lora, load_base
 
@@ -44,8 +45,8 @@ from pathlib import Path
 from unittest.mock import patch
 sys.path.insert(0, sys.argv[1])
 from test_train import QUICK, fine_tune, lesson
-from tiny_reason.lib import card
 from tiny_reason.data import prepare
+from tiny_reason.lib import card, checkpoints, disk, trainer
 from tiny_reason.lib.folders import load_tokenizer
 
 base, out = map(Path, sys.argv[2:4])
@@ -71,14 +72,15 @@ def session(folder, resume, dies=None):
 
 def die(name, at, after=False):
     "Make the `at`-th call of a function the last thing that happens."
-    count, real = [0], getattr(record, name)
+    home = checkpoints if name == "seal" else disk
+    count, real = [0], getattr(home, name)
     def call(*args):
         value = real(*args) if after else None
         count[0] += 1
         if count[0] == at: os.kill(os.getpid(), signal.SIGKILL)
         return value if after else real(*args)
-    setattr(record, name, call)
-    setattr(lesson, name, call)
+    for module in (disk, checkpoints, trainer):
+        if hasattr(module, name): setattr(module, name, call)
 
 def result(folder):
     if (folder / "error").exists(): return (folder / "error").read_text()
@@ -183,7 +185,8 @@ def test_disk_full(base, data, tmp_path, monkeypatch):
         if len(saves) < 2: return real(folder)
         return real(folder)._replace(free=100_000)
 
-    monkeypatch.setattr(lesson, "seal", lambda folder, seal=checkpoints.seal: (
+    seal = checkpoints.seal
+    monkeypatch.setattr(checkpoints, "seal", lambda folder: (
         seal(folder), saves.append(folder)))
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with pytest.raises(OSError, match="are missing") as caught:
@@ -214,14 +217,14 @@ def test_disk_full_for_real(base, data, tmp_path):
 # Numbers that cannot lie
 
 def poison(monkeypatch, bad, value=math.nan):
-    real = trainer.LossTrainer.summed_loss
+    real = RecipeTrainer.summed_loss
 
     def summed(self, *args):
         total, count = real(self, *args)
         hit = self.model.training and self.state.global_step + 1 in bad
         return total * (value if hit else 1), count
 
-    monkeypatch.setattr(trainer.LossTrainer, "summed_loss", summed)
+    monkeypatch.setattr(RecipeTrainer, "summed_loss", summed)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -252,7 +255,7 @@ def test_one_bad_step_is_dropped_counted_and_shown(base, data, tmp_path,
 
 
 def test_a_gradient_that_is_not_finite(base, data, tmp_path, monkeypatch):
-    real = trainer.RecipeTrainer.training_step
+    real = RecipeTrainer.training_step
 
     def step(self, model, *args, **kwargs):
         loss = real(self, model, *args, **kwargs)
@@ -261,15 +264,15 @@ def test_a_gradient_that_is_not_finite(base, data, tmp_path, monkeypatch):
                  ).grad.fill_(math.inf)
         return loss
 
-    monkeypatch.setattr(trainer.RecipeTrainer, "training_step", step)
+    monkeypatch.setattr(RecipeTrainer, "training_step", step)
     run, model = fine_tune(base, data, tmp_path)
     assert run.skipped == 1 and math.isfinite(losses(run)[-1])
 
 
 def test_a_validation_loss_that_is_not_finite(base, data, tmp_path,
                                               monkeypatch):
-    real = trainer.LossTrainer.summed_loss
-    monkeypatch.setattr(trainer.LossTrainer, "summed_loss", lambda self, *a: (
+    real = RecipeTrainer.summed_loss
+    monkeypatch.setattr(RecipeTrainer, "summed_loss", lambda self, *a: (
         (total := real(self, *a))[0] * (1 if self.model.training or
          self.state.global_step < 4 else math.nan), total[1]))
     with pytest.raises(FloatingPointError, match="validation loss is nan"):
@@ -316,17 +319,18 @@ def test_twenty_steps_are_the_same_in_every_layout(base, data, tmp_path,
 @pytest.mark.parametrize("room", [0, 10**12])
 def test_our_layers_train_as_peft_s(base, data, tmp_path, monkeypatch, room):
     "Also where the base is unpacked anew, and with gradient accumulation."
+    from trl import SFTTrainer
     kwargs = dict(logging_steps=1, optim="adamw_torch",
                   per_device_train_batch_size=4, gradient_accumulation_steps=2)
     calls, apply = [], fast.Adapted.apply
-    monkeypatch.setattr(lesson, "available_bytes", lambda: room)
+    monkeypatch.setattr(fast, "available_bytes", lambda: room)
     monkeypatch.setattr(fast.Adapted, "apply",
                         lambda *args: calls.append(args) or apply(*args))
     ours, model = fine_tune(base, data, tmp_path / "a", **kwargs)
     assert len(calls) % 7 == 0 and calls
     assert not any("forward" in vars(m) for m in fast.plain_layers(model))
     calls.clear()
-    monkeypatch.setattr(trainer.LossTrainer, "train", lesson.SFTTrainer.train)
+    monkeypatch.setattr(RecipeTrainer, "train", SFTTrainer.train)
     theirs, _ = fine_tune(base, data, tmp_path / "b", **kwargs)
     assert not calls
     assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
@@ -402,7 +406,7 @@ def test_rows_are_shared_only_where_the_model_keeps_them_apart(
         real = inner.forward
         if drops: # as an engine with kernels of its own may
             inner.forward = lambda position_ids, **kw: real(**kw)
-        assert trainer.isolates(model, ids[0], ids[1]) != drops
+        assert isolates(model, ids[0], ids[1]) != drops
         trainer = lesson.make_trainer(model, tokenizer, rows, held,
             lesson.sft_config(str(tmp_path), padding_free=True, **QUICK))
         assert trainer.args.padding_free != drops
@@ -427,8 +431,7 @@ def test_t4_arguments(base, data, tmp_path, monkeypatch):
     monkeypatch.undo()
 
     # The same precision on this CPU: an fp16 base, autocast and the scaler
-    import tiny_reason.model as model_lesson
-    monkeypatch.setattr(model_lesson, "compute_dtype",
+    monkeypatch.setattr(loading, "compute_dtype",
                         lambda device="cpu": torch.float16)
     loaded = load_base(base, device="cpu")[0]
     linear = layers.projections(loaded).popitem()[1]
@@ -531,7 +534,7 @@ def test_checkpointing_counts_what_torch_holds_idle(base, data, tmp_path,
     model = add_lora(load_base(base, device="cpu")[0])
     trainer = lesson.make_trainer(model, tokenizer, rows, held,
                                   lesson.sft_config(str(tmp_path), **QUICK))
-    there, need = lesson.model_bytes(model), 10**9
+    there, need = sum(layers.loaded_bytes(model).values()), 10**9
 
     class Cuda:
         gradient_checkpointing, device = False, torch.device("cuda")
@@ -573,14 +576,14 @@ def test_training_leaves_no_states_behind(base, data, tmp_path, monkeypatch):
 
 
 def starve(monkeypatch, fits):
-    real = trainer.LossTrainer.summed_loss
+    real = RecipeTrainer.summed_loss
 
     def summed(self, model, inputs):
         if self.model.training and len(inputs["input_ids"]) > fits:
             raise torch.OutOfMemoryError("fake")
         return real(self, model, inputs)
 
-    monkeypatch.setattr(trainer.LossTrainer, "summed_loss", summed)
+    monkeypatch.setattr(RecipeTrainer, "summed_loss", summed)
 
 
 def test_out_of_memory_halves_the_micro_batch(base, data, tmp_path,
@@ -598,14 +601,14 @@ def test_out_of_memory_halves_the_micro_batch(base, data, tmp_path,
 def test_out_of_memory_in_the_middle_goes_on_from_there(base, data, tmp_path,
                                                         monkeypatch):
     whole, _ = fine_tune(base, data, tmp_path / "a")
-    real = trainer.LossTrainer.summed_loss
+    real = RecipeTrainer.summed_loss
 
     def summed(self, model, inputs):
         if self.state.global_step == 5 and len(inputs["input_ids"]) > 4:
             raise torch.OutOfMemoryError("fake")
         return real(self, model, inputs)
 
-    monkeypatch.setattr(trainer.LossTrainer, "summed_loss", summed)
+    monkeypatch.setattr(RecipeTrainer, "summed_loss", summed)
     halved, _ = fine_tune(base, data, tmp_path / "b")
     assert halved.tokens == whole.tokens
     assert losses(halved) == pytest.approx(losses(whole), abs=1e-3)

@@ -6,7 +6,7 @@
 __all__ = ['TRAINING_KEYS', 'PACKAGES', 'configuration', 'revision', 'run_card', 'save_run']
 
 # %% ../../nbs/lib/card.ipynb #4c4abfe3
-import json, subprocess, sys, tempfile
+import json, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import yaml
 
 from .. import __version__
 from .device import device_name
-from .disk import file_hash, flush, rows_hash
+from .disk import file_hash, rows_hash, staged
 from .shards import adapter_weights, is_sharded
 
 # %% ../../nbs/lib/card.ipynb #4a530f37
@@ -89,19 +89,14 @@ def save_run(run, # of `train`
     the adapter may lie in shards. The main one writes."""
     folder, weights = Path(folder), adapter_weights(model)
     if not args.should_save: return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as staging:
-        staged = Path(staging)
-        model.save_pretrained(staged, state_dict=weights)
-        tokenizer.save_pretrained(staged)
+    with staged(folder) as new:
+        model.save_pretrained(new, state_dict=weights)
+        tokenizer.save_pretrained(new)
         card = run_card(run, model.peft_config["default"], train_set, args,
-                        staged / "adapter_model.safetensors", config,
+                        new / "adapter_model.safetensors", config,
                         sharded=is_sharded(model), **notes)
-        (staged / "experiment_config.yaml").write_text(
+        (new / "experiment_config.yaml").write_text(
             yaml.safe_dump(card, sort_keys=False))
-        (staged / "log.jsonl").write_text(
+        (new / "log.jsonl").write_text(
             "".join(json.dumps(h) + "\n" for h in run.history))
-        for path in staged.iterdir(): flush(path)
-        for path in staged.iterdir(): path.replace(folder / path.name)
-    flush(folder)
     return folder
