@@ -101,9 +101,7 @@ def bytes_remembered(model, tokens:int)->int:
     if c.model_type != RWKV:
         return cache_bytes(c, tokens, size)
     from tiny_reason.rwkv import memory_bytes
-    rows = 2 * c.num_hidden_layers * c.hidden_size # in the model's precision,
-    larger = max(4, size)                   # the matrices in fp32 at least
-    return memory_bytes(c, larger) - rows * (larger - size)
+    return memory_bytes(c, size)
 
 # %% ../nbs/12_bench.ipynb #1119ae90
 def crossing(transformer, rwkv)->float: # tokens

@@ -60,7 +60,7 @@ def activation_parts(config, # a transformers `PretrainedConfig`
     For those shapes under SDPA, fp32 adapters on all projections, autocast
     if `itemsize` is 2, no dropout. Counted from saved tensors."""
     if config.model_type == RWKV:
-        from tiny_reason.rwkv import adapter_activations
+        from tiny_reason.lib.state import adapter_activations
         return adapter_activations(config, r, itemsize, bool(padded_to))
     if config.model_type not in ("qwen2", "llama", "mistral"):
         raise ValueError("Activations are counted for Qwen2, Llama, Mistral "

@@ -343,7 +343,7 @@ def new_model(preset:str, # one of PRESETS
         model.config.update(ids)
         model.generation_config.update(**ids)
         return model
-    config = rwkv.preset_config(preset, len(tokenizer))
+    config = rwkv.RWKV7Config(len(tokenizer), **rwkv.PRESETS[preset])
     config.update(ids)
     return rwkv.RWKV7ForCausalLM(config)
 

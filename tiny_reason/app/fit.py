@@ -222,7 +222,7 @@ def plan_line(model, plan, checkpointing:bool)->str:
         parts = transformer.training_bytes(model.config, plan.batch,
                                            plan.length, checkpointing)
     elif isinstance(model, rwkv.RWKV7ForCausalLM):
-        parts = rwkv.training_bytes(model.config, plan.batch * plan.length,
+        parts = rwkv.bytes_to_train(model.config, plan.batch * plan.length,
                                     checkpointing)
     else: return text
     return f"{text}\nmemory: at most {sum(parts.values()) / 1e6:,.0f} MB"
