@@ -1,4 +1,4 @@
-"""Distillation: what 05_distill cannot show in a cell."""
+"""Distillation: what 06_distill cannot show in a cell."""
 import importlib.util
 import json
 import logging

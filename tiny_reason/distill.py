@@ -14,10 +14,11 @@ from pathlib import Path
 from .lib.answers import (gold_text, grade, is_correct,
                                      NEXT_QUESTION, own_part)
 from .lib.arithmetic import check_steps, write_digits
-from .lib.journal import SETTINGS, trace_file
+from .lib.journal import trace_file
 from .lib.problems import unique_questions
 from .lib.show import progress_bar
-from .lib.teachers import endpoint_teacher, local_teacher, Teacher
+from .lib.teachers import (endpoint_teacher, local_teacher, sampling,
+                                      Teacher)
 
 # %% ../nbs/06_distill.ipynb #82ed9f9d
 ANSWER = re.compile(r"</think>|####|\*\*Final Answer:\*\*")
@@ -63,17 +64,9 @@ def generate_traces(teacher:Teacher,
     Run again, it asks for what `out` lacks, also for more samples. `ValueError`
     for bad golds or `out` of another run, `OSError` if it cannot be written,
     `ConnectionError` if the teacher is out of reach."""
-    if temperature is None: temperature = 0.0 if k == 1 else 0.7
-    if temperature < 0 or max_new_tokens < 1: raise ValueError(
-        f"temperature {temperature:g} and max_new_tokens {max_new_tokens}: "
-        "need 0 or more, and 1 or more")
-    if k < 1 or (k > 1 and temperature == 0):
-        raise ValueError(f"{k} samples at temperature {temperature:g}: need "
-                         "one or more, and a temperature above 0 for several")
+    settings = sampling(teacher, k, temperature, max_new_tokens, seed)
     problems = list(problems)
     known = unique_questions(problems) # checked before anything is paid for
-    settings = dict(zip(SETTINGS, (teacher.name, teacher.style,
-                                   float(temperature), max_new_tokens, seed)))
     with trace_file(out, settings) as (held, write):
         jobs = [(q, s) for s in range(k) for q in known if (q, s) not in held]
         bar = progress_bar(k * len(known), unit="trace", disable=not progress,
@@ -81,8 +74,9 @@ def generate_traces(teacher:Teacher,
         def done(i, *answer):
             write(trace_of(known[jobs[i][0]], jobs[i][1], *answer, settings))
             bar.update()
-        with bar: missing = teacher.ask(jobs, done, temperature,
-                                        max_new_tokens, seed) if jobs else {}
+        with bar: missing = teacher.ask(
+            jobs, done, settings["temperature"], max_new_tokens, seed
+            ) if jobs else {}
     return dict(questions=len(known), repeated=len(problems) - len(known),
                 held=k * len(known) - len(jobs), missing=dict(missing),
                 written=len(jobs) - sum(missing.values()))

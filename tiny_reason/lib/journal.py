@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['START', 'SETTINGS', 'TRACE', 'torn', 'read_lines', 'row_of', 'read_records', 'read_traces', 'alone', 'append', 'mend',
-           'trace_file', 'record_file']
+           'trace_file', 'record_file', 'part_of', 'parts_of', 'merge_records', 'merge_traces']
 
 # %% ../../nbs/lib/journal.ipynb #d6e6ec28
 import json, os
 from contextlib import contextmanager, ExitStack
 from functools import partial
+from glob import escape
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -132,3 +133,35 @@ def record_file(path:str|Path|None, # None: nothing is held, nothing written
                 if key(h) in known}
         write_whole(path, [json.dumps(r) + "\n" for r in kept.values()])
         yield kept, partial(append, path)
+
+# %% ../../nbs/lib/journal.ipynb #70c98067
+def part_of(path:Path, number:int, n:int)->Path: # where a process writes
+    if n == 1: return path
+    return path.with_name(f"{path.stem}.{number}-of-{n}{path.suffix}")
+
+def parts_of(path:Path)->list[Path]: # that several processes have left
+    pattern = f"{escape(path.stem)}.*-of-*{escape(path.suffix)}"
+    return sorted(path.parent.glob(pattern))
+
+def merge_records(path:Path, resume:bool)->None:
+    "Put the records of a run that was cut off into `path`; or forget them."
+    parts = parts_of(path)
+    if resume and parts:
+        from tiny_reason.lib.disk import write_whole
+        write_whole(path, [json.dumps(r) + "\n" for p in (path, *parts)
+                           if p.is_file() for r in read_records(p)])
+    for part in parts: part.unlink()
+
+def merge_traces(path:Path, questions:list[str])->None:
+    "Add to `path` what its parts have beyond it, in order of `questions`."
+    found = [t for part in parts_of(path) for t in read_traces(part)]
+    if found:
+        place = {q: i for i, q in enumerate(questions)}
+        found.sort(key=lambda t: (t["sample"], place.get(t["question"], -1)))
+        with trace_file(path, {k: found[0][k] for k in SETTINGS}) as (
+                held, write):
+            for t in found:
+                if (t["question"], t["sample"]) in held: continue
+                held.add((t["question"], t["sample"]))
+                write(t)
+    for part in parts_of(path): part.unlink()
