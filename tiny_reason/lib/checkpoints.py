@@ -66,7 +66,7 @@ def disk_full(folder, needed:int)->OSError:
 def saving(out, step:int, needed:int, # bytes
            main:bool=True, # of several processes, the one that publishes
            ): # yields the folder to write into
-    "A checkpoint that is `checkpoint-STEP` when it is whole. `OSError`: no room."
+    "A checkpoint that has its name when it is whole. `OSError`: no room."
     out = Path(out)
     try:
         with staged(out) if main else nullcontext(out / STAGING) as folder:
