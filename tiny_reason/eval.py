@@ -54,7 +54,8 @@ def record_of(problem:dict, completion:str, style:str="think",
               )->dict: # one record, ready for JSON
     "Grade one completion and keep why. Without `answer`, correct is None."
     mark = grade(completion, problem.get("answer"), fallback)
-    value, gold = (None if x is None else str(x) for x in mark[2:4])
+    value, gold = (None if x is None else str(x)
+                   for x in (mark.value, mark.gold))
     extra = {k: problem[k] for k in ("group", "kinds") if k in problem}
     return dict(question=problem["question"], completion=completion,
                 extracted=mark.text, value=value, reason=mark.reason,
