@@ -14,6 +14,7 @@ import torch
 from .lib.folders import RWKV
 from .lib.layers import (empty_model, in_out, projections,
                                     weight_bytes)
+from .lib.state import adapter_activations
 
 # %% ../nbs/05_memory.ipynb #a6b72c8a
 def adam_bytes(n:int, optimizer:str): # of a tensor of n numbers
@@ -57,10 +58,8 @@ def activation_parts(config, # a transformers `PretrainedConfig`
                      ): # {part: bytes of one token in one layer}
     """What one layer keeps of one token for the backward pass.
 
-    For those shapes under SDPA, fp32 adapters on all projections, autocast
-    if `itemsize` is 2, no dropout. Counted from saved tensors."""
+    For SDPA, fp32 adapters everywhere, no dropout; autocast in 16 bit."""
     if config.model_type == RWKV:
-        from tiny_reason.lib.state import adapter_activations
         return adapter_activations(config, r, itemsize, bool(padded_to))
     if config.model_type not in ("qwen2", "llama", "mistral"):
         raise ValueError("Activations are counted for Qwen2, Llama, Mistral "
