@@ -24,6 +24,7 @@ from .data import parse_answer, strip_calculator
 from .lib.checkpoints import checkpoints
 from .lib.device import compute_dtype
 from .lib.disk import discard, staged
+from .lib.folders import check_finite
 from .lib.loop import (check_model, check_step, follow, identity,
                                   memory_said, restore, State, step_batches,
                                   trained, with_first)
@@ -279,7 +280,7 @@ def save_model(model, tokenizer, out, dtype=None)->Path:
     """Write what `load_base` reads, or `load_tuned` if it has adapters.
 
     `FloatingPointError`: a trained weight is no number."""
-    transformer.check_finite(trained(model).items(), "save")
+    check_finite(trained(model).items(), "the model")
     kept = copy.deepcopy(model).to(dtype) if dtype else model
     kept.save_pretrained(out)
     if not hasattr(model, "peft_config"): # adapters alone have no config

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .lib.folders import check_finite
 from .lib.layers import empty_model
-from .lib.pth import read_pth, shape_of
+from .lib.tensors import read_pth, shape_of
 from .lib.state import find_starts, memories_of
 
 # %% ../nbs/10_rwkv.ipynb #4160e197
@@ -155,9 +155,10 @@ class RWKV7Config(PretrainedConfig):
         self.low_ranks = ranks(hidden_size) | (low_ranks or {})
         super().__init__(**{"tie_word_embeddings": False, **more})
 
-# %% ../nbs/10_rwkv.ipynb #8ecbcd04
+# %% ../nbs/10_rwkv.ipynb #78933c54
 def at_least_fp32(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
+# %% ../nbs/10_rwkv.ipynb #8ecbcd04
 def remember(r, w, k, v, taken, rate, # each (rows, tokens, width)
              r_k, # (heads, size): what a token's own value counts
              memory=None, starts=None, # as for `recurrent`; None: empty
@@ -210,7 +211,7 @@ class TimeMix(nn.Module):
         taken, k = k * self.k_k, k * (1 + (rate - 1) * self.k_a)
         y, bonus, memory = remember(r, w, k, v, taken, rate, self.r_k, memory,
                                     starts)
-        norm = map(at_least_fp32, (self.ln_x.weight, self.ln_x.bias))
+        norm = (p.to(y.dtype) for p in (self.ln_x.weight, self.ln_x.bias))
         y = F.group_norm(y.flatten(0, 1), self.heads, *norm,
                          self.ln_x.eps).view_as(y)
         y = (y + bonus).to(self.r_k.dtype)

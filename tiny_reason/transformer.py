@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'PRESETS', 'RMSNorm', 'head_width', 'turns', 'rotate', 'biases', 'Attention', 'SwiGLU', 'Block', 'visible',
-           'Transformer', 'check_context', 'check_config', 'read_config', 'read_tensors', 'load', 'check_finite',
-           'Cache', 'check_ids', 'greedy', 'preset_config', 'count_parameters', 'layer_numbers', 'backward_bytes',
-           'training_bytes', 'next_token_loss', 'state_rope_theta', 'save']
+           'check_length', 'check_config', 'Transformer', 'load', 'Cache', 'greedy', 'preset_config',
+           'count_parameters', 'layer_numbers', 'backward_bytes', 'training_bytes', 'state_rope_theta', 'save']
 
 # %% ../nbs/09_transformer.ipynb #17cf7d51
-import copy, difflib, json
+import copy, json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, Qwen2Config
+
+from .lib.folders import (CAUSAL_LMS, check_finite, find_base,
+                                     read_config)
+from .lib.show import nearest
+from .lib.tensors import read_tensors
 
 # %% ../nbs/09_transformer.ipynb #d59db6cf
 class RMSNorm(nn.Module):
@@ -130,6 +132,42 @@ def visible(used:int, new:int, segments, device): # bool (rows, 1, new, all)
     if segments is None: return mask
     return mask & (segments[:, None, used:, None] == segments[:, None, None])
 
+# %% ../nbs/09_transformer.ipynb #338a9c9f
+def check_length(length:int, config):
+    "Raise ValueError if a text has more tokens than the model was made for."
+    if length > config.max_position_embeddings:
+        raise ValueError(f"The text has {length:,} tokens, the model was made "
+            f"for {config.max_position_embeddings:,}: beyond that its angles "
+            "were never trained. Cut the text.")
+
+# %% ../nbs/09_transformer.ipynb #d9aaa03f
+FAMILIES = {"qwen2": Qwen2Config, "llama": LlamaConfig}
+
+def check_config(config):
+    "Raise ValueError unless `Transformer` can build exactly this."
+    known, c, kind = " and ".join(FAMILIES), config, config.model_type
+    if kind not in FAMILIES:
+        raise ValueError(f"Transformer builds {known}; this is a {kind} "
+                         "model. Load it with tiny_reason.model.load_base, or "
+                         "with the module that builds it.")
+    d, heads, groups = (c.hidden_size, c.num_attention_heads,
+                        c.num_key_value_heads)
+    if d % heads and not getattr(c, "head_dim", None):
+        raise ValueError(f"{heads} heads do not divide a width of {d}: each "
+                         f"would be {d / heads:.2f} wide.")
+    if heads % groups:
+        raise ValueError(f"{groups} key/value heads do not divide {heads} "
+                         "query heads: every one must serve as many.")
+    if head_width(c) % 2:
+        raise ValueError(f"A head width of {head_width(c)} is odd, and rotary "
+                         "positions turn pairs.")
+    for key, value in dict(rope_type="default", hidden_act="silu",
+                           sliding_window=None, attention_dropout=0.0).items():
+        found = c.rope_parameters.get(key, getattr(c, key, value))
+        if found != value:
+            raise ValueError(f"This {kind} model has {key}={found!r}; "
+                             f"Transformer has {value!r} alone.")
+
 # %% ../nbs/09_transformer.ipynb #1a15a7db
 class Transformer(nn.Module):
     """Qwen2 or Llama, its parameters named as in the Hugging Face format.
@@ -161,9 +199,7 @@ class Transformer(nn.Module):
         used, new = cache.used if cache else 0, ids.shape[1]
         if positions is None:
             positions = torch.arange(used, used + new, device=ids.device)[None]
-            last = used + new - 1
-        else: last = int(positions.max())
-        check_context(last + 1, self.config)
+        check_length(1 + int(positions.max()), self.config)
         x = self.model.embed_tokens(ids)
         angles = turns(self.config, positions, x.dtype)
         plain = segments is None and (used == 0 or new == 1)
@@ -173,80 +209,8 @@ class Transformer(nn.Module):
             x = (checkpoint(layer, *how, use_reentrant=False)
                  if self.checkpointing and self.training else layer(*how))
         if cache: cache.used += new
-        x = self.model.norm(x)[:, -keep:]
         head = self.lm_head or self.model.embed_tokens
-        return F.linear(x, head.weight)
-
-# %% ../nbs/09_transformer.ipynb #338a9c9f
-def check_context(length:int, config):
-    "Raise ValueError if a text has more tokens than the model was made for."
-    if length > config.max_position_embeddings:
-        raise ValueError(f"The text has {length:,} tokens, the model was made "
-            f"for {config.max_position_embeddings:,}: beyond that its angles "
-            "were never trained. Cut the text.")
-
-# %% ../nbs/09_transformer.ipynb #d9aaa03f
-FAMILIES = {"qwen2": Qwen2Config, "llama": LlamaConfig}
-
-def check_config(config):
-    "Raise ValueError unless `Transformer` can build exactly this."
-    known, c, kind = " and ".join(FAMILIES), config, config.model_type
-    if kind not in FAMILIES:
-        raise ValueError(f"Transformer builds {known}; this is a {kind} "
-                         "model. Load it with tiny_reason.model.load_base, or "
-                         "with the module that builds it.")
-    d, heads, groups = (c.hidden_size, c.num_attention_heads,
-                        c.num_key_value_heads)
-    if d % heads and not getattr(c, "head_dim", None):
-        raise ValueError(f"{heads} heads do not divide a width of {d}: each "
-                         f"would be {d / heads:.2f} wide.")
-    if heads % groups:
-        raise ValueError(f"{groups} key/value heads do not divide {heads} "
-                         "query heads: every one must serve as many.")
-    if head_width(c) % 2:
-        raise ValueError(f"A head width of {head_width(c)} is odd, and rotary "
-                         "positions turn pairs.")
-    expected = dict(rope_type="default", hidden_act="silu", sliding_window=None,
-                    attention_dropout=0.0)
-    for key, value in expected.items():
-        found = c.rope_parameters.get(key, getattr(c, key, value))
-        if found != value:
-            raise ValueError(f"This {kind} model has {key}={found!r}; "
-                             f"Transformer has {value!r} alone.")
-
-# %% ../nbs/09_transformer.ipynb #eb54a698
-def read_config(folder): # Qwen2Config or LlamaConfig
-    "The config of a saved model; ValueError for another architecture."
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no config.json in {folder}, so it "
-                                "is not a saved model.")
-    kind = json.loads(path.read_text()).get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"{path} describes a {kind} model; Transformer reads "
-                         f"{' and '.join(FAMILIES)}.")
-    try: config = FAMILIES[kind].from_pretrained(folder)
-    except StrictDataclassError as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[-1]}") from None
-    check_config(config)
-    return config
-
-# %% ../nbs/09_transformer.ipynb #b781b53c
-def read_tensors(folder)->dict: # {name: tensor}
-    "All tensors of a folder, from one safetensors file or from several."
-    folder, index = Path(folder), Path(folder, "model.safetensors.index.json")
-    files = ["model.safetensors"] if not index.is_file() else sorted(
-        set(json.loads(index.read_text())["weight_map"].values()))
-    tensors = {}
-    for file in files:
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} holds no {file}. Other formats "
-                "are pickles, which can run code, and are never opened.")
-        try: tensors |= load_file(folder / file)
-        except SafetensorError:
-            raise ValueError(f"{folder / file} is not a whole safetensors "
-                             "file. Copy or download it again.") from None
-    return tensors
+        return F.linear(self.model.norm(x)[:, -keep:], head.weight)
 
 # %% ../nbs/09_transformer.ipynb #36c528e8
 def load(folder, # of a saved Qwen2 or Llama model
@@ -255,6 +219,7 @@ def load(folder, # of a saved Qwen2 or Llama model
     """A saved model as a `Transformer`, on the CPU.
 
     ValueError, FileNotFoundError: not a whole model of these two families."""
+    folder, _ = find_base(str(folder))
     config, tensors = read_config(folder), read_tensors(folder)
     with torch.device("meta"): model = Transformer(config)
     if config.tie_word_embeddings: # some files hold the one table twice
@@ -263,27 +228,16 @@ def load(folder, # of a saved Qwen2 or Llama model
         if head is not None and not torch.equal(head, table):
             raise ValueError(f"{folder}: config.json ties head and embedding, "
                              "but the file has two different tables.")
-    expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    asked = {n: tuple(p.shape) for n, p in model.named_parameters()}
     found = {n: tuple(t.shape) for n, t in tensors.items()}
-    for name in sorted(expected | found):
-        asked, there = expected.get(name, "none"), found.get(name, "none")
-        if asked != there:
-            raise ValueError(f"{folder}: config.json asks for {name} of shape "
-                             f"{asked}, the file has {there}.")
-    tensors = {n: t.to(dtype) for n, t in tensors.items()}
-    check_finite(tensors.items(), folder)
-    model.load_state_dict(tensors, assign=True)
+    for name in sorted(asked | found):
+        if asked.get(name) != found.get(name): raise ValueError(
+            f"{folder}: config.json asks for {name} of shape "
+            f"{asked.get(name, 'none')}, the file has "
+            f"{found.get(name, 'none')}.")
+    model.load_state_dict({n: t.to(dtype) for n, t in tensors.items()},
+                          assign=True)
     return model
-
-# %% ../nbs/09_transformer.ipynb #b2eb96f2
-def check_finite(named, where):
-    "Raise FloatingPointError if a tensor holds NaN or infinity."
-    for name, tensor in named:
-        if bad := int((~tensor.isfinite()).sum()):
-            raise FloatingPointError(
-                f"{where}: {bad:,} of the {tensor.numel():,} numbers in {name} "
-                "are NaN or infinite. Use an earlier checkpoint, trained with "
-                "a smaller learning rate.")
 
 # %% ../nbs/09_transformer.ipynb #0e32fb2f
 class Cache:
@@ -292,11 +246,11 @@ class Cache:
     Bytes: 2 · L · rows · G · room · h · bytes of a number."""
     def __init__(self, model, rows:int, room:int): # room: tokens of a row
         c, like = model.config, model.model.embed_tokens.weight
-        check_context(room, c)
+        check_length(room, c)
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, room,
                  head_width(c))
-        self.keys, self.values, self.used = (
-            like.new_zeros(shape), like.new_zeros(shape), 0)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.used = 0
 
     def extend(self, layer:int, k, v): # (rows, G, new, h) -> all so far
         end = self.used + k.shape[2]
@@ -307,17 +261,6 @@ class Cache:
         self.values[layer, :, :, self.used:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    @property
-    def nbytes(self)->int: return self.keys.nbytes + self.values.nbytes
-
-# %% ../nbs/09_transformer.ipynb #0a2ccd99
-def check_ids(ids, config):
-    "Raise ValueError for a token that the model has no row for."
-    if ids.numel() and not 0 <= ids.min() <= ids.max() < config.vocab_size:
-        raise ValueError(f"The text has token {int(ids.max())}, the model "
-            f"has {config.vocab_size:,} rows (0 to {config.vocab_size - 1}). "
-            "The tokenizer belongs to another model.")
-
 # %% ../nbs/09_transformer.ipynb #1a8594ca
 @torch.inference_mode()
 def greedy(model:Transformer, ids:list[int], # of the prompt
@@ -327,8 +270,12 @@ def greedy(model:Transformer, ids:list[int], # of the prompt
            )->list[int]: # new ids
     "Append the likeliest token, n times. FloatingPointError for NaN logits."
     if not ids: raise ValueError("The prompt is empty: nothing to continue.")
+    rows = model.config.vocab_size
+    if not 0 <= min(ids) <= max(ids) < rows:
+        raise ValueError(f"The text has token {max(ids)}, the model has "
+            f"{rows:,} rows (0 to {rows - 1}). The tokenizer belongs to "
+            "another model.")
     new, text = [], torch.tensor([ids], device=next(model.parameters()).device)
-    check_ids(text, model.config)
     cache = Cache(model, 1, len(ids) + n) if use_cache else None
     while len(new) < n and not (new and new[-1] in stops):
         logits = model(text, cache=cache, keep=1)[0, -1]
@@ -352,9 +299,9 @@ def preset_config(name:str, # of PRESETS
                   )->Qwen2Config: # with tied embeddings
     "The shape of a preset. ValueError for an unknown one, or a bad shape."
     if name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, 1, 0)[0]
         raise ValueError(f"There is no preset {name!r}; the nearest is "
-                         f"{near!r}, and all are {', '.join(PRESETS)}.")
+                         f"{nearest(name, PRESETS)!r}, and all are "
+                         f"{', '.join(PRESETS)}.")
     layers, d, heads, groups = PRESETS[name]
     shape = dict(num_hidden_layers=layers, hidden_size=d,
                  num_attention_heads=heads, num_key_value_heads=groups,
@@ -417,17 +364,6 @@ def training_bytes(config, rows:int, length:int, # of one forward pass
             "Adam": 8 * n + 4 * tensors, # torch keeps a step for each tensor
             "activations": 4 * kept, "loss": loss, "rest of backward": more}
 
-# %% ../nbs/09_transformer.ipynb #1b1e15e5
-def next_token_loss(model, x, y): # ids (rows, length) twice -> scalar
-    "Cross-entropy in nats a token. FloatingPointError if it is not a number."
-    check_ids(torch.stack([x, y]), model.config)
-    loss = F.cross_entropy(model(x).float().flatten(0, 1), y.flatten())
-    if not loss.isfinite():
-        check_finite(model.named_parameters(), f"the loss is {loss.item()}")
-        raise FloatingPointError(f"The loss is {loss.item()} although every "
-            "weight is a number: the logits overflow. Lower the learning rate.")
-    return loss
-
 # %% ../nbs/09_transformer.ipynb #4a8cc806
 def state_rope_theta(folder)->None: # of a saved model
     "Put `rope_theta` at the top of config.json too, for older readers."
@@ -448,13 +384,11 @@ def save(model:Transformer, tokenizer, folder, # created if it is not there
         more = f" and {spare} spare rows" if spare else ""
         raise ValueError(f"The model has {V:,} rows, the tokenizer {words:,} "
             f"tokens{more}. Use the tokenizer it was trained with.")
-    check_finite(model.named_parameters(), "save")
-    dtype = dtype or next(model.parameters()).dtype
+    check_finite(model.named_parameters(), "the model")
     folder, config = Path(folder), copy.deepcopy(model.config)
+    config.dtype = dtype = dtype or next(model.parameters()).dtype
     folder.mkdir(parents=True, exist_ok=True)
-    config.architectures = [{"qwen2": "Qwen2ForCausalLM",
-                             "llama": "LlamaForCausalLM"}[config.model_type]]
-    config.dtype = dtype
+    config.architectures = [CAUSAL_LMS[config.model_type]]
     ends = {k: getattr(tokenizer, k) for k in ("eos_token_id", "pad_token_id")}
     config.update({k: v for k, v in ends.items() if getattr(config, k) is None})
     config.save_pretrained(folder)

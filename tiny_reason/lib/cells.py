@@ -23,8 +23,8 @@ def model_identity(model, tokenizer, style:str)->dict:
                           "transformers_version")}
     words = (tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast
              else sorted(tokenizer.get_vocab().items()))
-    return dict(weights=weights_hash(model), configuration=digest(shape),
-                tokenizer=digest([words, tokenizer.chat_template]),
+    return dict(weights=weights_hash(model), configuration=digest(shape)[:16],
+                tokenizer=digest([words, tokenizer.chat_template])[:16],
                 style=style, precision=f"{model.dtype} on {model.device}")
 
 # %% ../../nbs/lib/cells.ipynb #93a48ed2
@@ -58,8 +58,8 @@ def task_identity(task)->dict:
     settings = {k: contents(v) for k, v in settings.items()
                 if k not in BENCH_ARGUMENTS or k in bound}
     code = getattr(unwrap(inner), "__code__", None)
-    found = dict(code=digest(code_of(code) if code else repr(inner)),
-                 settings=digest(settings), package=package_code())
+    found = dict(code=digest(code_of(code) if code else repr(inner))[:16],
+                 settings=digest(settings)[:16], package=package_code()[:16])
     if is_timed(task): found["machine"] = machine()
     return found
 

@@ -15,6 +15,7 @@ from .disk import file_hash
 from .show import nearest
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open, SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import (
@@ -60,6 +61,9 @@ def read_config(source, revision=None): # `PretrainedConfig` of a causal LM
             f"{source}/config.json cannot be read: it is damaged.") from None
         raise ConnectionError(f"There is no folder {source}, and the hub did "
             "not give it: check the name and the network.") from None
+    except StrictDataclassError as error: # a shape that cannot be
+        said = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{source}/config.json: {said}") from None
     except (ValueError, KeyError, TypeError) as error:
         if kind == RWKV: raise ValueError(
             f"{source}/config.json is no RWKV-7's: {error}") from None
