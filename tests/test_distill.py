@@ -274,7 +274,10 @@ def test_a_teacher_out_of_reach_ends_the_run(tmp_path, server, act, hint,
                                              most):
     "After some answers, which are kept, and asked for no second time."
     out, good, questions = tmp_path / "o", server.act, [*map(str, range(60))]
-    server.act = lambda h, q: (good if int(q) < 5 else act)(h, q)
+    def faulty(h, q): # once the five are kept, so that none is under way
+        while out.read_bytes().count(b"\n") < 5: time.sleep(0.01)
+        act(h, q)
+    server.act = lambda h, q: (good if int(q) < 5 else faulty)(h, q)
     with pytest.raises(ConnectionError) as caught:
         ask(server, out, ask_for(*questions))
     assert hint in plain(caught.value) and "run again" in str(caught.value)
