@@ -167,21 +167,6 @@ def test_a_prompt_is_needed_and_no_tokens_are_fine(unsure):
     assert decode.generate_ids(model, tokenizer, [[30]], 0) == [[]]
 
 
-def test_a_vllm_engine_takes_the_same_call(unsure, monkeypatch):
-    asked, tokenizer = {}, unsure[1]
-    def params(**kwargs): asked.update(kwargs); return kwargs
-    monkeypatch.setitem(sys.modules, "vllm",
-                        types.SimpleNamespace(SamplingParams=params))
-    class LLM:
-        def generate(self, prompts, params):
-            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(
-                token_ids=p["prompt_token_ids"][::-1])]) for p in prompts]
-    LLM.__module__ = "vllm.entrypoints.llm"
-    assert decode.generate_ids(LLM(), tokenizer, [[30, 31], [32]], 5) == [
-        [31, 30], [32]]
-    assert asked["temperature"] == 0 and asked["repetition_penalty"] == 1
-
-
 def small(kind, **more):
     "An untrained model of some architecture of transformers."
     torch.manual_seed(0)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RoomyLayer', 'left_join', 'pad_left', 'Batch', 'Answers', 'refuse_nan', 'decode_batch', 'chooser', 'end_ids',
-           'text_of', 'cutter', 'row_bytes', 'rows_that_fit', 'vllm_ids', 'generate_ids', 'Completion', 'completions',
-           'generate', 'headings']
+           'text_of', 'cutter', 'row_bytes', 'rows_that_fit', 'generate_ids', 'Completion', 'completions', 'generate',
+           'headings']
 
 # %% ../../nbs/lib/decode.ipynb #c12db9ce
 import time
@@ -234,21 +234,6 @@ def rows_that_fit(model, positions:int)->int: # positions: prompt + answer
     return max(1, min(128, free // row_bytes(model, positions)))
 
 # %% ../../nbs/lib/decode.ipynb #dbe8cc88
-def vllm_ids(llm, rows:list, max_new_tokens:int, temperature:float,
-             seed:int, done=None, ends:tuple=(), cut=None,
-             )->list[list[int]]:
-    "The same by a `vllm.LLM`; its own defaults are set aside."
-    from vllm import SamplingParams
-    params = SamplingParams(temperature=temperature, seed=seed, top_p=1.0,
-                            repetition_penalty=1.0, max_tokens=max_new_tokens,
-                            stop=list(ends))
-    out = llm.generate([dict(prompt_token_ids=r) for r in rows], params)
-    ids = [list(o.outputs[0].token_ids) for o in out]
-    if cut: ids = [cut(i) for i in ids]
-    for i, row in enumerate(ids):
-        if done: done(i, row, 0.0)
-    return ids
-
 def generate_ids(model, tokenizer, prompts:list, # as in `generate`
                  max_new_tokens:int=512, batch_size:int|None=None,
                  progress:bool=False, temperature:float=0.0, seed:int=3407,
@@ -261,9 +246,6 @@ def generate_ids(model, tokenizer, prompts:list, # as in `generate`
     if not all(rows): raise ValueError("a prompt is empty")
     stops = end_ids(model, tokenizer)
     cut = cutter(tokenizer, ends, stops[0]) if ends else None
-    if type(model).__module__.startswith("vllm"):
-        return vllm_ids(model, rows, max_new_tokens, temperature, seed, done,
-                        ends, cut)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     longest = max(map(len, rows), default=0) + max_new_tokens
     slots, new = batch_size or rows_that_fit(model, longest), [[]] * len(rows)
@@ -315,8 +297,7 @@ def generate(model, tokenizer, # any causal language model of transformers
 
     Greedy by default: no repetition penalty, no top-p, no top-k, whatever
     the model's generation config says. In fp32 the texts do not depend on
-    `batch_size`; in 16 bit a few may. Restores `model.training`. A `vllm.LLM`
-    may stand for the model."""
+    `batch_size`; in 16 bit a few may. Restores `model.training`."""
     return [c.text for c in completions(
         model, tokenizer, prompts, max_new_tokens, batch_size, progress,
         temperature, seed, ends=ends)]
