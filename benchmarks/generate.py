@@ -68,7 +68,7 @@ def continuous(model, tokenizer, prompts, limit, settings=None):
 
 def by_mkl(*how):
     "Ours, but torch multiplies as it does by default."
-    with mock.patch("tiny_reason.eval.onednn", nullcontext):
+    with mock.patch("tiny_reason.lib.decode.onednn", nullcontext):
         return generate_ids(*how)
 
 

@@ -123,7 +123,7 @@ def test_typos_in_a_short_flag(flag, capsys):
     ("training: {max_steps: null}", "whole number above 0"),
     ("training: {learning_rate: .inf}", "between 0 and 1"),
     ("learning_rate: 1e-3", "'training.learning_rate'"),
-    ("lora: {rank: 8}", "did you mean lora."),
+    ("lora: {s: 8}", "lora.r?"),
     ("lora: {rr: 8}", "lora.r?"),
     ("[" * 3000, "my.yaml"),
     ("training: {max_steps: 1" + "0" * 5000 + "}", "my.yaml"),

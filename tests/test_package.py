@@ -1,4 +1,5 @@
 "The wheel holds all it needs, and trains without the tools of development."
+import importlib
 import subprocess
 import sys
 import zipfile
@@ -56,6 +57,25 @@ def test_importing_is_silent_and_changes_no_logging():
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert {"tiny_reason.model", "tiny_reason.lib.fast", "tiny_reason.cli"} < set(done.stdout.split())
+
+
+# What other people's code relies on, wherever it is defined.
+CONTRACT = dict(
+    data="load_problems make_problems parse_answer strip_calculator "
+         "to_messages build_prompt prepare overlap show_mask",
+    model="nf4_codebook quantize_nf4 dequantize_nf4 LoRALinear memory_budget "
+          "compute_dtype load_base add_lora load_tuned merge",
+    train="sft_config train last_checkpoint save_run plot_run",
+    eval="extract_answer parse_number is_correct generate evaluate wilson "
+         "mcnemar check_steps self_consistency perplexity",
+    demo="stream demo chat", cli="main",
+    distill="generate_traces filter_traces endpoint_teacher local_teacher")
+
+
+@pytest.mark.parametrize("module, names", CONTRACT.items(), ids=CONTRACT)
+def test_contract_names_are_where_they_were(module, names):
+    found = importlib.import_module(f"tiny_reason.{module}")
+    assert not [n for n in names.split() if not callable(getattr(found, n, 0))]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .disk import write_whole
+
 # %% ../../nbs/lib/journal.ipynb #b8c4bf10
 START = b'{"question": "' # of each line that we write
 def torn(line:bytes)->bool: # the last one of a file
@@ -124,7 +126,6 @@ def record_file(path:str|Path|None, # None: nothing is held, nothing written
     if path is None:
         yield {}, lambda record: None
         return
-    from tiny_reason.lib.disk import write_whole # and torch, not for reading
     def key(r): return r.get("prompt_hash"), r.get("model_hash")
     path = Path(path)
     with alone(path, "records"):
@@ -147,7 +148,6 @@ def merge_records(path:Path, resume:bool)->None:
     "Put the records of a run that was cut off into `path`; or forget them."
     parts = parts_of(path)
     if resume and parts:
-        from tiny_reason.lib.disk import write_whole
         write_whole(path, [json.dumps(r) + "\n" for p in (path, *parts)
                            if p.is_file() for r in read_records(p)])
     for part in parts: part.unlink()

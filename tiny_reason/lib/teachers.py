@@ -15,7 +15,7 @@ from typing import Callable, NamedTuple
 from urllib.parse import urlsplit
 
 from .decode import completions
-from .disk import hashes_of
+from .disk import weights_hash
 from .journal import SETTINGS
 from .prompts import build_prompt, SYSTEM_PROMPT, THINK
 
@@ -50,7 +50,7 @@ def local_teacher(model, tokenizer, # a causal language model
                   )->Teacher:
     "A model in this process as a teacher; named after its weights."
     folder = Path(getattr(model.config, "_name_or_path", "") or "model").name
-    weights = hashes_of(model, [[]], 0)[0]["model_hash"]
+    weights = weights_hash(model)
     def ask(jobs, done, temperature, max_new_tokens, seed):
         prompts = [build_prompt(q, tokenizer, style) for q, _ in jobs]
         # What is left to ask decides the draws: a run that goes on after an
