@@ -67,7 +67,7 @@ distill: install
 	$(BIN)/tiny_reason evaluate --config $(DISTILL)/student/config.yaml
 
 notebooks: install
-	$(BIN)/python run_index.py nbs/*.ipynb nbs/*/*.ipynb index.ipynb
+	$(BIN)/python run_index.py $(filter-out nbs/app/page.ipynb,$(wildcard nbs/*.ipynb nbs/*/*.ipynb)) index.ipynb
 	$(BIN)/nbdev_clean --fname .
 	$(BIN)/nbdev_export
 

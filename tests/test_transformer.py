@@ -1,4 +1,4 @@
-"""What 07_transformer cannot show on a page: many shapes, and bad folders.
+"""What 09_transformer cannot show on a page: many shapes, and bad folders.
 
 The reference is always transformers' own model of the same weights."""
 import json

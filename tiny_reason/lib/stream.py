@@ -29,7 +29,7 @@ def pieces_of(tokenizer, tokens, # iterable of token ids
     if len(text) > shown: yield text[shown:]
 
 # %% ../../nbs/lib/stream.ipynb #14c20c43
-def until(stop:threading.Event, choose, # as from `eval.chooser`
+def until(stop:threading.Event, choose, # as from `decode.chooser`
           end:int): # an end id; -> a function like `choose`
     "Choose tokens until `stop` is set, and the end token from then on."
     def pick(scores):
@@ -99,7 +99,7 @@ def stream(model, tokenizer, # a causal language model of transformers
            stop:threading.Event|None=None, # set it to end the answer
            seed:int=3407, # for temperatures above 0
            pace:dict|None=None, # gets first, seconds (s), tokens, ended
-           ends:tuple=(), # ids that end an answer, besides `eval.end_ids`
+           ends:tuple=(), # ids that end an answer, besides `decode.end_ids`
            **how, # style and prime of a question, as in `data.build_prompt`
            )->Iterator[str]: # pieces of the completion, without the prompt
     """Pieces of an answer while a worker thread writes it.
