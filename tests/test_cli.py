@@ -234,9 +234,9 @@ def test_train_evaluate_chat(base, tmp_path, capsys, monkeypatch):
 
     merged, real = [], loading.merge
 
-    def alone(*args): # a card of 6 GB has no room for two
+    def alone(*args, **how): # a card of 6 GB has no room for two
         assert not [ref for ref in merged if ref()]
-        made = real(*args)
+        made = real(*args, **how)
         merged.append(weakref.ref(made))
         return made
 
@@ -264,7 +264,7 @@ def test_train_evaluate_chat(base, tmp_path, capsys, monkeypatch):
     kept = [json.loads(line) for line in Path(records[0]).read_text()
             .splitlines()]
     Path(records[0]).write_text("".join(json.dumps(r) + "\n"
-                                        for r in kept[:4]) + '{"torn')
+                                        for r in kept[:4]) + '{"quest')
     again = ["evaluate", "--config", str(card), "--max_new_tokens", "12",
              "--resume"]
     assert cli.main([*again, "--limit", "6"]) == 0
