@@ -135,6 +135,22 @@ def test_unsound_files(text, words, tmp_path, capsys):
     assert words in said and str(path) in said
 
 
+@pytest.mark.parametrize("content, words", [
+    (None, "No such file"), (b"", "holds 0"), (b" \n" * 5000, "holds 0"),
+    (b"a short line\n", "holds 12"), (b"\x89PNG\r\n\x1a\n" * 900, "UTF-8"),
+    (b"text \0 and more\n" * 900, "binary")])
+def test_no_text_to_measure_on(content, words, tmp_path, capsys, monkeypatch):
+    def load(*_, **__): raise AssertionError("a model was loaded")
+    monkeypatch.setattr(loading, "load_any", load)
+    path = tmp_path / "mine.txt"
+    if content is not None: path.write_bytes(content)
+    for name in (path, tmp_path) if content is None else (path,):
+        said = refused(capsys, "evaluate", "--config", "student",
+                       "--output_dir", tmp_path / "out", "--elsewhere", name)
+        assert str(name) in said and (name == tmp_path or words in said)
+    assert not (tmp_path / "out").exists()
+
+
 # What is meant
 
 def test_flags_beat_the_file_wherever_they_stand():
@@ -289,6 +305,40 @@ def test_train_evaluate_chat(base, tmp_path, capsys, monkeypatch):
               input="Nora has 2 eggs. How many?\n", cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     assert "answer: " in out.stdout and out.stderr == ""
+
+
+def test_what_tuning_costs_elsewhere(tmp_path, capsys, monkeypatch):
+    from tiny_reason.model import add_lora, load_base
+    monkeypatch.chdir(tmp_path)
+    usual = ["evaluate", "--config", "student", "--limit", "3",
+             "--max_new_tokens", "4", "--elsewhere"]
+    assert cli.main(usual) == 0 # the base alone
+    said = capsys.readouterr()
+    assert "no adapter" in said.err and "| tuned |" not in said.out
+    assert "| perplexity, narrative | 3 texts, " in said.out
+    folder = tmp_path / "outputs" / "student"
+    narrative, symbols, sums = json.loads(
+        (folder / "summary.json").read_text())["elsewhere"]
+    assert "after" not in narrative and sums["n"] == 3
+
+    model, tokenizer = load_base("student", device="cpu")
+    add_lora(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "mine.txt").write_text("\ufeffNora has two eggs.\n" * 300)
+    assert cli.main([*usual, "mine.txt"]) == 0
+    said = capsys.readouterr()
+    assert re.search(r"^\| perplexity, mine.txt \| 3 texts, [\d,]+ tokens \|.*\| "
+                     r"×1\.000 \[1\.000, 1\.000\] \|$", said.out, re.M)
+    text, sums = json.loads(
+        (folder / "summary.json").read_text())["elsewhere"]
+    assert text["change"] == [1, 1, 1] and sums["p"] == 1 # a fresh adapter
+    records = [[json.loads(line) for line in (folder / f"{who}-elsewhere.jsonl")
+                .read_text().splitlines()] for who in ("base", "tuned")]
+    assert records[0] == records[1] and len(records[0]) == 6
+    assert "perplexity, mine.txt" in (folder / "table.md").read_text()
+    assert cli.main(["evaluate", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--elsewhere [FILE]" in told and "perplexity" in told
 
 
 def test_chat_without_an_adapter_says_so(base, tmp_path, capsys):

@@ -1,11 +1,13 @@
 """Decoding and records: what 03_eval cannot show in a cell."""
 import json
+import math
 import random
 import signal
 import subprocess
 import sys
 import time
 import types
+from itertools import islice
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from tiny_reason.lib import decode, fast, journal, show
 from tiny_reason.data import build_prompt, load_problems
 from tiny_reason.lib.prompts import encode_text
 from tiny_reason.lib.folders import find_base, load_tokenizer
+from tiny_reason.lib.stats import ratio_interval
 from tiny_reason.model import load_base, merge
+from tiny_reason.pretrain import documents, fresh_documents, narrative, sums
 from tiny_reason.rwkv import RWKV7Config, RWKV7ForCausalLM
 
 torch.set_num_threads(1)
@@ -397,3 +401,97 @@ def test_perplexity_of_a_uniform_model(unsure):
         model.config.vocab_size, rel=1e-4)
     with torch.no_grad(): model.lm_head.weight.copy_(weight)
     with pytest.raises(ValueError): ev.perplexity(model, tokenizer, [""])
+
+
+# What tuning costs elsewhere
+
+def test_sums_are_right_and_asked_once():
+    from tiny_reason.lib.arithmetic import calculate
+    asked = sums(500, seed=1)
+    assert asked == sums(500, seed=1) != sums(500, seed=2)
+    lefts = [p["question"].rpartition("\n")[2] for p in asked]
+    assert len({*lefts}) == 500
+    assert {op for left in lefts for op in "+-*/" if op in left} == {*"+-*/"}
+    for p in asked:
+        *solved, last = (p["question"] + p["answer"]).split("\n")
+        assert len(solved) == 7 and last not in solved
+        assert p["question"].endswith("=")
+        for line in (*solved, last):
+            left, result = line.split("=")
+            assert calculate(left) == int(result) and 0 < int(result) <= 200
+    with pytest.raises(ValueError, match="10,000"): sums(10_001)
+
+
+def test_fresh_documents_hold_no_control_tokens(student):
+    _, tokenizer = student
+    texts = fresh_documents(narrative, 200)
+    assert len({*texts}) == 200
+    assert not any(c in text for c in tokenizer.all_special_tokens
+                   for text in texts)
+    assert {*texts}.isdisjoint(t.removesuffix("<|endoftext|>") for t in
+                               islice(documents(3408), 3000))
+
+
+@pytest.mark.parametrize("said, right", [
+    ("122\n1+1=2", True), (" 122", True), ("122", True), ("", False),
+    ("\n122", False), ("1220", False), ("122 apples\n", False),
+    ("-122\n", False)])
+def test_a_sum_is_read_to_the_end_of_its_line(said, right, monkeypatch):
+    monkeypatch.setattr(ev, "completions", lambda *_: [
+        decode.Completion(said, 8, False, 0.0)])
+    record, = ev.elsewhere(None, None, {}, [dict(question="37+85=",
+                                                 answer="122")])
+    assert record["correct"] is right and record["task"] == "sums"
+
+
+def test_losses_are_those_of_transformers(student):
+    model, tokenizer = student
+    texts = ["", "a", *fresh_documents(narrative, 5)]
+    found = ev.text_losses(model, tokenizer, texts)
+    assert found[0] == (0.0, 0)
+    for text, (nats, tokens) in zip(texts[2:], found[2:]):
+        ids = torch.tensor([encode_text(text, tokenizer)])
+        with torch.no_grad(): loss = model(input_ids=ids, labels=ids).loss
+        assert tokens == ids.numel() - 1
+        assert nats / tokens == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_cost_is_paired(student):
+    model, tokenizer = student
+    tasks = dict(texts=dict(told=fresh_documents(narrative, 6)),
+                 problems=sums(12))
+    before = ev.elsewhere(model, tokenizer, **tasks)
+    told, asked = ev.cost_elsewhere(before, before)
+    assert told["change"] == (1, 1, 1) and told["before"] == told["after"]
+    assert (told["texts"], asked["n"], asked["p"]) == (6, 12, 1)
+    assert told["before"][0] == pytest.approx(ev.perplexity(
+        model, tokenizer, tasks["texts"]["told"]))
+    alone, _ = ev.cost_elsewhere(before)
+    assert alone["before"] == told["before"] and "after" not in alone
+    # half a nat more on each token: dearer by e**0.5, and no doubt about it
+    worse = [r | dict(nats=r["nats"] + r["tokens"] / 2) if "nats" in r
+             else r | dict(correct=False) for r in before]
+    told, asked = ev.cost_elsewhere(before, worse)
+    assert told["change"] == pytest.approx((math.exp(0.5),) * 3)
+    assert asked["after"][0] == 0 and asked["p"] < 0.05
+    for other in (before[1:], before[::-1], [dict(before[0], tokens=3),
+                                             *before[1:]]):
+        with pytest.raises(ValueError, match="not the same"):
+            ev.cost_elsewhere(before, other)
+
+
+def test_the_interval_of_a_ratio():
+    import numpy as np
+    from scipy.stats import ttest_1samp
+    x = [0.3, -0.1, 0.4, 0.2, 0.7]
+    theirs = ttest_1samp(x, 0).confidence_interval(0.95)
+    assert ratio_interval([7 * v for v in x], [7] * 5) == pytest.approx(
+        (sum(x) / 5, theirs.low, theirs.high))
+    with pytest.raises(ValueError, match="two"): ratio_interval([1.0], [3])
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400): # texts of unequal length; the true rate is 2
+        counts = rng.integers(20, 200, size=40)
+        nats = 2 * counts + rng.normal(0, np.sqrt(counts) * 3)
+        _, low, high = ratio_interval(list(nats), list(counts))
+        hits += low <= 2 <= high
+    assert 360 <= hits <= 396 # 95 % of 400 are 380

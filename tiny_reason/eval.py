@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'OUTCOMES', 'strict', 'flexible', 'record_of', 'Report', 'prompt_for', 'evaluate', 'compare', 'outcome_of',
-           'taxonomy', 'show_examples', 'self_consistency', 'majority', 'perplexity']
+           'taxonomy', 'show_examples', 'self_consistency', 'majority', 'text_losses', 'perplexity', 'elsewhere',
+           'cost_in_losses', 'cost_in_answers', 'cost_elsewhere']
 
 # %% ../nbs/03_eval.ipynb #e46305e9
 import json, re, time
@@ -22,7 +23,8 @@ from .lib.decode import completions, generate, headings
 from .lib.disk import hashes_of, write_whole
 from .lib.journal import record_file
 from .lib.prompts import build_prompt, encode_text, LAYOUTS
-from .lib.stats import mcnemar, share, so_far, wilson
+from .lib.stats import (mcnemar, ratio_interval, share, so_far,
+                                   wilson)
 
 # %% ../nbs/03_eval.ipynb #71cd6643
 def strict(completion:str, gold:str)->bool:
@@ -234,19 +236,83 @@ def majority(samples:list[dict])->dict: # of one problem -> the winning record
     return winner | dict(tokens=sum(r["tokens"] for r in samples),
                          votes=values.count(best))
 
-# %% ../nbs/03_eval.ipynb #78e7712d
+# %% ../nbs/03_eval.ipynb #0c84a1cb
 @torch.inference_mode()
-def perplexity(model, tokenizer, texts:list[str], max_length:int=512,
-               )->float: # exp of the mean loss a token, in nats
-    "How surprised a model is by texts; 1 is not at all. No text: ValueError."
-    total, count = 0.0, 0
+def text_losses(model, tokenizer, texts:list[str], max_length:int=512,
+                )->list[tuple[float, int]]: # nats and tokens of each text
+    "Loss of all tokens but a text's first, summed; (0.0, 0) if none is left."
+    found = []
     for text in texts:
         ids = torch.tensor([encode_text(text, tokenizer)[:max_length]],
                            device=model.device)
-        if ids.shape[1] < 2: continue
+        if ids.shape[1] < 2: found.append((0.0, 0)); continue
         scores = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        total += torch.nn.functional.cross_entropy(
-            scores, ids[0, 1:], reduction="sum").item()
-        count += ids.shape[1] - 1
+        found.append((torch.nn.functional.cross_entropy(
+            scores, ids[0, 1:], reduction="sum").item(), ids.shape[1] - 1))
+    return found
+
+# %% ../nbs/03_eval.ipynb #78e7712d
+def perplexity(model, tokenizer, texts:list[str], max_length:int=512,
+               )->float: # exp of the mean loss a token, in nats
+    "How surprised a model is by texts; 1 is not at all. No text: ValueError."
+    losses = text_losses(model, tokenizer, texts, max_length)
+    count = sum(tokens for _, tokens in losses)
     if not count: raise ValueError("no text of two tokens or more to measure")
-    return exp(total / count)
+    return exp(sum(nats for nats, _ in losses) / count)
+
+# %% ../nbs/03_eval.ipynb #6d7208b6
+def elsewhere(model, tokenizer,
+              texts:dict, # name -> texts that fine-tuning did not touch
+              problems:list=(), # a question to go on with, and its answer
+              max_length:int=512, # tokens of a text that are read
+              )->list[dict]: # a record for each text, and for each problem
+    "Losses on texts; and is the rest of the line that was begun the answer?"
+    records = [dict(task=name, text=text, nats=nats, tokens=tokens)
+               for name, some in texts.items() for text, (nats, tokens)
+               in zip(some, text_losses(model, tokenizer, some, max_length))
+               if tokens]
+    said = completions(model, tokenizer, [p["question"] for p in problems], 8)
+    for p, c in zip(problems, said):
+        line = c.text.partition("\n")[0].strip()
+        records.append(dict(p, task="sums", completion=line,
+                            correct=line == p["answer"]))
+    return records
+
+# %% ../nbs/03_eval.ipynb #8f47a214
+def cost_in_losses(runs:dict)->dict: # before, perhaps after -> records
+    "Perplexity of each run, and after / before of the same texts."
+    tokens = [r["tokens"] for r in runs["before"]]
+    nats = {k: [r["nats"] for r in records] for k, records in runs.items()}
+    if "after" in runs: nats["change"] = [
+        b - a for a, b in zip(nats["before"], nats["after"])]
+    return dict(texts=len(tokens), tokens=sum(tokens)) | {
+        k: (*map(exp, ratio_interval(x, tokens)),) for k, x in nats.items()}
+
+# %% ../nbs/03_eval.ipynb #b9daac10
+def cost_in_answers(runs:dict)->dict: # before, perhaps after -> records
+    "Share right of each run, and McNemar's p of the two."
+    right = {k: [r["correct"] for r in records] for k, records in runs.items()}
+    row = dict(n=len(right["before"])) | {
+        k: (share(x), *wilson(sum(x), len(x))) for k, x in right.items()}
+    return row | (dict(p=mcnemar(*right.values())) if "after" in runs else {})
+
+# %% ../nbs/03_eval.ipynb #edb9d706
+def cost_elsewhere(before:list[dict], # records of `elsewhere`
+                   after:list[dict]|None=None, # of the tuned model, likewise
+                   )->list[dict]: # a row a task; figures as (value, low, high)
+    """What `elsewhere` found before and after, with 95 % intervals.
+
+    Their units are texts and problems. `ValueError`: not the same ones, or a
+    single text."""
+    known = ("task", "text", "tokens", "question")
+    same = lambda records: [[r.get(k) for k in known] for r in records]
+    if after is not None and same(before) != same(after):
+        raise ValueError("before and after are not the same texts and "
+                         "problems in the same order")
+    kind, rows = lambda r: (r["task"], "correct" in r), []
+    for task, asked in dict.fromkeys(map(kind, before)):
+        runs = {k: [r for r in records if kind(r) == (task, asked)] for
+                k, records in (("before", before), ("after", after)) if records}
+        cost = cost_in_answers if asked else cost_in_losses
+        rows.append(dict(task=task) | cost(runs))
+    return rows

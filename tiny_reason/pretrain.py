@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LENGTHS', 'ONSETS', 'RIMES', 'MIXTURE', 'CONTROL', 'PATTERN', 'PRESETS', 'draw_story', 'made_up', 'worked',
-           'conversation', 'direct', 'narrative', 'arithmetic', 'symbol', 'symbols', 'documents', 'train_tokenizer',
-           'student_config', 'encoded', 'rows', 'Plan', 'make_optimizers', 'rate_at', 'token_loss', 'train_step',
-           'as_function', 'take_steps', 'held_out_loss', 'save_model', 'pretrain', 'new_model', 'check_trained',
-           'repeated', 'easy_first', 'pretrain_student']
+           'conversation', 'direct', 'narrative', 'arithmetic', 'symbol', 'symbols', 'documents', 'fresh_documents',
+           'sums', 'train_tokenizer', 'student_config', 'encoded', 'rows', 'Plan', 'make_optimizers', 'rate_at',
+           'token_loss', 'train_step', 'as_function', 'take_steps', 'held_out_loss', 'save_model', 'pretrain',
+           'new_model', 'check_trained', 'repeated', 'easy_first', 'pretrain_student']
 
 # %% ../nbs/11_pretrain.ipynb #0c9081e1
 import copy, json, math, random, re, string
@@ -133,6 +133,29 @@ def documents(seed:int): # -> iterator of texts, without end
     rng = random.Random(seed)
     while True:
         yield rng.choices([*MIXTURE], [*MIXTURE.values()])[0](rng)
+
+# %% ../nbs/11_pretrain.ipynb #a33ed153
+def fresh_documents(draw, # the kind: `narrative`, `symbols`, ...
+                    n:int, seed:int=3407)->list[str]:
+    "Plain documents of one kind, from a stream that `documents` never takes."
+    rng, texts = random.Random(f"{seed} fresh"), []
+    while len(texts) < n:
+        text = draw(rng).removesuffix("<|endoftext|>")
+        if "<|" not in text: texts.append(text)
+    return texts
+
+# %% ../nbs/11_pretrain.ipynb #e6187687
+def sums(n:int=300, seed:int=3407)->list[dict]: # question, answer
+    "Documents of `arithmetic` up to their last `=`; no sum is asked twice."
+    if n > 10_000: raise ValueError(f"{n} sums; ask for 10,000 or fewer")
+    rng, found = random.Random(f"{seed} sums"), {}
+    while len(found) < n:
+        text = arithmetic(rng).removesuffix("<|endoftext|>")
+        question, _, answer = text.rpartition("=")
+        *solved, asked = question.split("\n")
+        if f"{asked}={answer}" not in solved: found.setdefault(
+            asked, dict(question=f"{question}=", answer=answer))
+    return list(found.values())
 
 # %% ../nbs/11_pretrain.ipynb #41746697
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .flags import UsageError
 from .settings import (adapter_folder, chosen_device, counts,
-                                      test_problems)
+                                      tasks_elsewhere, test_problems)
 from ..lib.show import p_text
 
 # %% ../../nbs/app/ask.ipynb #a34b3ee0
@@ -48,15 +48,19 @@ def compared(paths:list[str])->str: # Markdown
     return to_markdown(compare({Path(p).stem if short else p: Report(
         read_records(p)) for p in paths}))
 
-def write_summary(reports:dict, folder:Path)->None:
+def write_summary(reports:dict, folder:Path,
+                  cost:list=(), # rows of `eval.cost_elsewhere`
+                  )->None:
     "`summary.json`, and for graded runs `table.md` and `accuracy.png`."
     from tiny_reason.eval import compare
-    from tiny_reason.lib.show import plot_runs, to_markdown
+    from tiny_reason.lib.show import cost_markdown, plot_runs, to_markdown
+    figures = {name: r.summary() for name, r in reports.items()}
     (folder / "summary.json").write_text(json.dumps(
-        {name: r.summary() for name, r in reports.items()}, indent=1) + "\n")
+        figures | (dict(elsewhere=cost) if cost else {}), indent=1) + "\n")
     if not all(r.n for r in reports.values()): return
     rows = compare(reports)
-    (folder / "table.md").write_text(to_markdown(rows) + "\n")
+    tables = [to_markdown(rows)] + ([cost_markdown(cost)] if cost else [])
+    (folder / "table.md").write_text("\n\n".join(tables) + "\n")
     plot_runs(rows).savefig(folder / "accuracy.png", dpi=150)
 
 def asked_of(settings): # yields (name, model, style, tokenizer)
@@ -82,27 +86,39 @@ def asked_of(settings): # yields (name, model, style, tokenizer)
 def run_evaluate(settings)->None:
     "Grade the base, under two prompts, and the tuned model if there is one."
     from tiny_reason.distill import predictions
+    from tiny_reason.eval import cost_elsewhere, elsewhere
     from tiny_reason.lib.disk import write_whole
+    from tiny_reason.lib.show import cost_markdown
     if settings.compare: return print(compared(settings.compare))
+    tasks = tasks_elsewhere(settings, settings.limit)
     from tiny_reason.many import evaluate_many, processes
     main = processes(chosen_device(settings)).is_main_process
     problems = test_problems(settings, settings.limit)
-    reports, folder = {}, Path(settings.project.output_dir)
+    reports, found, folder = {}, {}, Path(settings.project.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for name, model, style, tokenizer in asked_of(settings):
         if main: print(f"{name}: {len(problems)} problems", file=sys.stderr)
         path = folder / f"{name.replace(', ', '-')}.jsonl"
-        try: reports[name] = evaluate_many(
-            model, tokenizer, problems, style, path, settings.resume, True,
-            max_new_tokens=settings.max_new_tokens)
+        who = name.partition(",")[0]
+        try:
+            reports[name] = evaluate_many(
+                model, tokenizer, problems, style, path, settings.resume, True,
+                max_new_tokens=settings.max_new_tokens)
+            if main and tasks and who not in found: # once a model
+                print(f"{who}: elsewhere", file=sys.stderr)
+                found[who] = elsewhere(model, tokenizer, **tasks)
+                write_whole(folder / f"{who}-elsewhere.jsonl", [
+                    json.dumps(r) + "\n" for r in found[who]])
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{path} holds what is done. To go on: "
                                     "the same command with --resume") from None
         del model # before the next is merged
     if not main: return
-    write_summary(reports, folder)
+    cost = cost_elsewhere(*found.values()) if tasks else []
+    write_summary(reports, folder, cost)
     if all(r.n for r in reports.values()): print(table(reports))
     else: print("no gold answers for all problems: not graded")
+    if cost: print(f"\n{cost_markdown(cost)}\n")
     write_whole(folder / "predictions.jsonl", [
         json.dumps(r) + "\n" for r in predictions(reports[name].records)])
     print(f"records: {folder}/*.jsonl, summary.json; predictions.jsonl is "

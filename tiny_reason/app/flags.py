@@ -114,6 +114,10 @@ COMMANDS = {
         "--limit": dict(type=PositiveInt, help="ask only so many problems"),
         "--resume": dict(action="store_true",
                          help="keep the answers that the records hold"),
+        "--elsewhere": dict(type=str, nargs="?", const="ours", metavar="FILE",
+                            help="also what tuning cost elsewhere: right sums, "
+                            "and perplexity of texts like the student's, or of "
+                            "a plain-text file"),
         "--compare": dict(type=str, nargs="+", metavar="RECORDS", help=
                           "only compare these records; p is against the last")
         }),
