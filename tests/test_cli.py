@@ -257,22 +257,22 @@ def test_train_evaluate_chat(base, tmp_path, capsys, monkeypatch):
         return made
 
     monkeypatch.setattr("tiny_reason.model.merge", alone)
-    assert cli.main(["evaluate", "--config", str(card), "--test_samples", "6",
+    assert cli.main(["evaluate", "--config", str(card), "--test_samples", "10",
                      "--max_new_tokens", "12"]) == 0
     assert len(merged) == 2
     out = capsys.readouterr().out
-    for word in ("familiar", "taught", "combined", "base, question",
+    for word in ("familiar", "taught", "combined", "twin", "base, question",
                  "tuned, think", "95 % interval", "p against"):
         assert word in out
     for name in ("base-think", "base-question", "tuned-think"):
         rows = (folder / f"{name}.jsonl").read_text().splitlines()
-        assert len(rows) == 6 and "correct" in json.loads(rows[0])
+        assert len(rows) == 10 and "correct" in json.loads(rows[0])
     for name in ("summary.json", "table.md", "accuracy.png"):
         assert (folder / name).stat().st_size > 0
     records = [str(folder / f"{n}.jsonl") for n in ("base-think",
                                                     "tuned-think")]
     assert cli.main(["evaluate", "--compare", *records]) == 0
-    assert "| tuned-think | 6 |" in capsys.readouterr().out
+    assert "| tuned-think | 10 |" in capsys.readouterr().out
     assert cli.main(["evaluate", "--compare", "no.jsonl"]) == 1
     assert "no.jsonl" in capsys.readouterr().err
 

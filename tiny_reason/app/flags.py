@@ -148,7 +148,8 @@ COMMANDS = {
                          "presets, folders (model, RWKV-7, adapter) or hub "
                          "names; NAME:STYLE chooses the prompt format"),
         "--tasks": dict(type=str, nargs="+", metavar="TASK", help="of gsm8k "
-                        "familiar taught combined perplexity speed memory"),
+                        "familiar taught combined twin longer perplexity "
+                        "speed memory"),
         "--limit": dict(type=PositiveInt, help="ask only so many problems"),
         "--rounds": dict(type=PositiveInt, default=5, help=
                          "of timings, taken in turn after one to warm up"),

@@ -42,7 +42,7 @@ def prepared(settings, tokenizer): # -> (train set, validation set, report)
                    calculator=d.calculator)
 
 def test_problems(settings, limit:int|None=None)->list[dict]:
-    "The problems to report on: the generator's three groups evenly."
+    "The problems to report on: the generator's groups evenly."
     from tiny_reason.data import GROUPS, load_problems
     d, seed = settings.data, settings.project.seed
     source = d.test_source or d.source
@@ -52,8 +52,9 @@ def test_problems(settings, limit:int|None=None)->list[dict]:
                          "by --data.test_source")
     if source != "arithmetic" or d.subset != "main":
         return list(load_problems(source, d.subset, "test", n, seed))
+    each, more = divmod(n, len(GROUPS))
     return [p for i, group in enumerate(GROUPS) for p in load_problems(
-        source, group, "test", n // 3 + (i < n % 3), seed)]
+        source, group, "test", each + (i < more), seed)]
 
 # %% ../../nbs/app/settings.ipynb #44580262
 def pieces_of(path:Path, most:int=100)->list[str]: # in their order
