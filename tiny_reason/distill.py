@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ANSWER', 'split_trace', 'trace_of', 'generate_traces', 'reference_answer', 'rejection', 'diverse', 'filter_traces',
-           'predictions']
+           'predictions', 'completion_logits', 'soft_loss', 'distil_logits']
 
 # %% ../nbs/06_distill.ipynb #62b1ec35
 import re
 from collections import Counter
+from math import inf
 from pathlib import Path
 
 from .lib.answers import (gold_text, grade, is_correct,
@@ -19,6 +20,11 @@ from .lib.problems import unique_questions
 from .lib.show import progress_bar
 from .lib.teachers import (endpoint_teacher, local_teacher, sampling,
                                       Teacher)
+
+import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import get_linear_schedule_with_warmup
 
 # %% ../nbs/06_distill.ipynb #82ed9f9d
 ANSWER = re.compile(r"</think>|####|\*\*Final Answer:\*\*")
@@ -160,3 +166,71 @@ def predictions(records:list[dict], # of `eval.evaluate`
     return [dict(question=r["question"], generated_text=r["completion"],
                  prediction=r["value"], gold_answer=r["gold"])
             for r in records]
+
+# %% ../nbs/06_distill.ipynb #710dccb6
+def completion_logits(model, rows, # of `prepare`
+                      )->torch.Tensor: # (completion tokens, vocabulary)
+    "What a model says before each completion token; rows padded on the right."
+    ids, masks = (pad_sequence([torch.tensor(r[key]) for r in rows], True)
+                  for key in ("input_ids", "completion_mask"))
+    said = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return said[:, :-1][masks[:, 1:].bool()]
+
+# %% ../nbs/06_distill.ipynb #8693720a
+def soft_loss(student_logits:torch.Tensor, # (places, vocabulary)
+              teacher_logits:torch.Tensor, # the same
+              temperature:float=1.0)->torch.Tensor: # nats, mean over places
+    """KL of the student from the teacher, both softened, times temperature².
+
+    `ValueError` for unlike shapes or a temperature that is not above 0.
+    Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2."""
+    shapes = [tuple(x.shape) for x in (student_logits, teacher_logits)]
+    if shapes[0] != shapes[1]: raise ValueError(
+        f"logits of shape {shapes[0]} and {shapes[1]}: student and teacher "
+        "need the same tokens")
+    if temperature <= 0: raise ValueError(f"temperature {temperature:g}: need "
+                                          "a number above 0")
+    q, p = ((x.float() / temperature).log_softmax(-1)
+            for x in (student_logits, teacher_logits))
+    kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
+    return kl * temperature**2
+
+# %% ../nbs/06_distill.ipynb #60401a30
+def distil_logits(student, # a PEFT model of `add_lora`
+                  teacher, # a model with the same tokens
+                  rows, held, # of `prepare`; `rows` in order, 8 a step
+                  temperature:float=1.0, rate:float=4e-3, warmup:int=50,
+                  seed:int=3407, # of dropout
+                  )->tuple[list, float]: # loss of each step, lowest on `held`
+    """Teach adapters a teacher's distributions; the best of four looks stays.
+
+    In fp32 or bf16. `RuntimeError` for a gradient that is not finite."""
+    def loss(rows):
+        with torch.no_grad(): goal = completion_logits(teacher, rows)
+        return soft_loss(completion_logits(student, rows), goal, temperature)
+    def look():
+        tokens = [sum(map(sum, part["completion_mask"])) for part in parts]
+        with torch.no_grad(): found = [loss(part).item() for part in parts]
+        return sum(n * x for n, x in zip(tokens, found)) / sum(tokens)
+    steps, lowest, losses, kept = len(rows) // 8, inf, [], []
+    parts = [held.select(range(i, min(i + 8, len(held))))
+             for i in range(0, len(held), 8)]
+    adapters = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=rate, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
+    torch.manual_seed(seed)
+    for step in range(1, steps + 1):
+        student.train()
+        now = loss(rows.select(range(8 * step - 8, 8 * step)))
+        now.backward()
+        torch.nn.utils.clip_grad_norm_(adapters, 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(now.item())
+        if step % max(1, steps // 4): continue
+        student.eval()
+        if (found := look()) < lowest:
+            lowest, kept = found, [p.detach().clone() for p in adapters]
+    for p, best in zip(adapters, kept): p.data = best
+    return losses, lowest
