@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import runpy
 import signal
 import socket
 import subprocess
@@ -21,15 +22,17 @@ from hypothesis import given, settings, strategies as st
 
 from tiny_reason.lib import journal, teachers
 from tiny_reason.data import build_prompt, load_problems, prepare, to_messages
-from tiny_reason.distill import (Teacher, endpoint_teacher, filter_traces,
-                                 generate_traces, split_trace, trace_of, diverse)
+from tiny_reason.distill import (Teacher, completion_logits, distil_logits,
+                                 diverse, endpoint_teacher, filter_traces,
+                                 generate_traces, random_selection, soft_loss,
+                                 split_trace, trace_of)
 from tiny_reason.lib.journal import SETTINGS, read_traces
 from tiny_reason.lib.teachers import LARGEST
 from tiny_reason.lib.decode import end_ids, generate_ids, text_of
 from tiny_reason.lib.folders import find_base, load_tokenizer
 from tiny_reason.lib.answers import is_correct
 from tiny_reason.lib.arithmetic import check_steps
-from tiny_reason.model import load_base, merge
+from tiny_reason.model import add_lora, load_base, merge
 
 torch.set_num_threads(1)
 often = settings(max_examples=150, deadline=None, derandomize=True,
@@ -830,6 +833,89 @@ def test_what_is_kept_can_be_taught(tmp_path):
         assert told == dict(read=len(kept), kept=len(kept), dropped={})
         assert {*rows["question"], *held["question"]} == {
             t["question"] for t in kept}
+
+
+@often
+@given(samples, st.integers(1, 3), st.integers(0, 9))
+def test_chance_chooses_as_many_of_the_same_problems(samples, most, seed):
+    traces = traces_of(samples)
+    kept, _ = filter_traces(traces, most)
+    chosen = random_selection(traces, kept, seed)
+    def counts(rows): return Counter(t["question"] for t in rows)
+    assert counts(chosen) == counts(kept)
+    assert all(t["answer"] and t in traces for t in chosen)
+    assert len({(t["question"], t["answer"]) for t in chosen}) == len(chosen)
+
+
+def test_a_soft_lesson_has_dropout_and_keeps_the_best_look():
+    "The teacher is the student, twice as sure; the rate is far too high."
+    base, tokenizer = load_base("student", four_bit=False, device="cpu")
+    teacher = merge(base, torch.float32)
+    teacher.model.norm.weight.data *= 2
+    rows, held, _ = prepare("arithmetic", 40, tokenizer=tokenizer,
+                            style="question")
+    def taught(dropout):
+        student = add_lora(load_base("student", four_bit=False,
+                                     device="cpu")[0], 4, 8, dropout)
+        return student, *distil_logits(student, teacher, rows.select(range(32)),
+                                       held, rate=0.1, warmup=0)
+    (_, without, _), (student, losses, lowest) = taught(0.0), taught(0.5)
+    assert losses[0] == pytest.approx(without[0], abs=1e-6) # B starts at 0
+    assert losses[1:] != pytest.approx(without[1:], abs=1e-3)
+    with torch.no_grad():
+        now = soft_loss(*(completion_logits(m, held)
+                          for m in (student.eval(), teacher)))
+    assert now.item() == pytest.approx(lowest, rel=1e-4)
+
+
+# The ladder.
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def ladder():
+    return runpy.run_path(str(ROOT / "benchmarks" / "ladder.py"))
+
+
+def test_the_ladders_page_is_in_step_with_its_verdicts(ladder):
+    result = json.loads((ROOT / "benchmarks" / "ladder.json").read_text())
+    assert (ROOT / "benchmarks" / "ladder.md").read_text() == "\n".join(
+        ladder["page"](result))
+
+
+def results(folder, seed, right, **other):
+    place = folder / f"seed-{seed}"
+    place.mkdir()
+    (place / "settings.json").write_text(json.dumps(
+        dict(student="a" * 64, n=2, budget=9, pool=3) | other))
+    for name in ("teacher, soft", "teacher, unfiltered"):
+        (place / f"{name}.json").write_text(json.dumps(dict(
+            rung=name, seed=seed, right=dict(taught=right[name[9:]]),
+            answering=5, before=4, minutes=30, command="c", machine="m")))
+
+
+def test_gathered_runs_are_compared_seed_by_seed(ladder, tmp_path):
+    for seed, soft in enumerate(("11", "10", "11")):
+        results(tmp_path, seed, dict(soft=soft, unfiltered="00"))
+    result = ladder["gathered"](tmp_path)
+    assert (result["seeds"], result["minutes"]) == ([0, 1, 2], 180)
+    row, = ladder["compared"](result, "taught")
+    assert "| +100 +50 +100 | +83.3 [" in row
+    text = "\n".join(ladder["page"](result))
+    assert text.count("| teacher, soft | ") == 3 and row in text
+
+
+@pytest.mark.parametrize("other", [dict(student="b" * 64), dict(n=3)])
+def test_results_of_two_students_or_sizes_are_never_mixed(ladder, tmp_path,
+                                                          other):
+    right = dict(soft="11", unfiltered="00")
+    results(tmp_path, 0, right)
+    results(tmp_path, 1, right, **other)
+    with pytest.raises(ValueError, match="choose another --folder"):
+        ladder["gathered"](tmp_path)
+    with pytest.raises(ValueError, match="holds no results"):
+        ladder["gathered"](tmp_path / "seed-0")
 
 
 # A server that is not ours.

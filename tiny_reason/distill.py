@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ANSWER', 'split_trace', 'trace_of', 'generate_traces', 'reference_answer', 'rejection', 'diverse', 'filter_traces',
-           'predictions', 'completion_logits', 'soft_loss', 'distil_logits']
+           'predictions', 'completion_logits', 'soft_loss', 'distil_logits', 'random_selection']
 
 # %% ../nbs/06_distill.ipynb #62b1ec35
-import re
+import random, re
 from collections import Counter
 from math import inf
 from pathlib import Path
@@ -234,3 +234,16 @@ def distil_logits(student, # a PEFT model of `add_lora`
             lowest, kept = found, [p.detach().clone() for p in adapters]
     for p, best in zip(adapters, kept): p.data = best
     return losses, lowest
+
+# %% ../nbs/06_distill.ipynb #494ca531
+def random_selection(traces:list[dict], # that `filter_traces` was given
+                     kept:list[dict], # and what it gave back
+                     seed:int=3407)->list[dict]: # as many
+    "As many distinct traces of each problem as were kept, chosen by chance."
+    rng, samples, chosen = random.Random(seed), {}, []
+    for t in rng.sample(traces, len(traces)):
+        if t["answer"]: samples.setdefault(t["question"], {}).setdefault(
+            t["answer"], t)
+    for question, n in Counter(t["question"] for t in kept).items():
+        chosen += list(samples[question].values())[:n]
+    return chosen
