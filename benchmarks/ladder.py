@@ -6,9 +6,9 @@
 `run` measures every rung on every seed. What is finished is a file below
 --folder, and is not done again; a run that was killed goes on with the traces
 that it had, and trains at most one adapter twice. Processes can share the
-work by seeds. `table` writes ladder.json and ladder.md from what is there.
-Sizes belong to a folder, and so does the student: results of two students, or
-of two sizes, are never mixed.
+work by seeds; what has no seed is measured by the one that has seed 0.
+`table` writes ladder.json and ladder.md from what is there. A folder belongs
+to one student and one set of sizes: others are refused, never mixed in.
 
 A seed draws 600 training problems (200 each of familiar, taught, combined),
 the traces, the adapters and the batches. Each adapter is trained on 300,000
@@ -33,7 +33,8 @@ Which rows a rung is given, so that a comparison differs in one thing:
   (The control of rlhf-book, code/rejection_sampling, `random_per_prompt`.)
 * written, 2,000 problems: a superset of the 600, at the same tokens.
 * soft: rows, order and held-out rows of *teacher, unfiltered*; the loss is
-  the KL divergence from the teacher's distribution instead of its tokens'.
+  the KL divergence from the teacher's distribution instead of the loss of its
+  tokens. At temperature 1 both are the same lesson on average over draws.
 
 The teacher is the student, tuned on the written traces of 2,000 other
 problems, familiar and taught ones."""
@@ -61,7 +62,7 @@ from tiny_reason.lib.journal import read_traces
 from tiny_reason.lib.loading import load_base, load_tuned, merge
 from tiny_reason.lib.problems import load_problems
 from tiny_reason.lib.prompts import build_prompt
-from tiny_reason.lib.stats import mcnemar, over_runs, wilson
+from tiny_reason.lib.stats import mcnemar, paired_difference, wilson
 from tiny_reason.lib.stories import GROUPS
 from tiny_reason.model import add_lora
 from tiny_reason.train import row_order, sft_config, train
@@ -307,9 +308,8 @@ def run(args):
     args.test = {g: problems("test", {g: args.n}, 0) for g in GROUPS}
     args.read = sum(len(build_prompt(p["question"], args.tokenizer, STYLE))
                     for some in args.test.values() for p in some)
-    asked = [(None, r) for r in RUNGS if r in args.only and r in ONCE] + [
-        (seed, r) for seed in args.seeds for r in RUNGS
-        if r in args.only and r not in ONCE]
+    asked = [(seed if r not in ONCE else None, r) for seed in args.seeds
+             for r in RUNGS if r in args.only and (r not in ONCE or not seed)]
     for seed, name in asked:
         place = args.folder / ("once" if seed is None else f"seed-{seed}")
         if (place / f"{name}.json").exists(): continue
@@ -367,7 +367,7 @@ def compared(result, group):
         both = sorted(a.keys() & b.keys())
         if len(both) < 2: continue
         x, y = ([r[s]["right"][group] for s in both] for r in (a, b))
-        mean, low, high, p = over_runs(*([share(t) for t in way]
+        mean, low, high, p = paired_difference(*([share(t) for t in way]
                                          for way in (x, y)))
         gaps = " ".join(f"{100 * (share(s) - share(t)):+.0f}"
                         for s, t in zip(x, y))
