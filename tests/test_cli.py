@@ -283,7 +283,7 @@ def test_train_evaluate_chat(base, tmp_path, capsys, monkeypatch):
                                         for r in kept[:4]) + '{"quest')
     again = ["evaluate", "--config", str(card), "--max_new_tokens", "12",
              "--resume"]
-    assert cli.main([*again, "--limit", "6"]) == 0
+    assert cli.main([*again, "--limit", "10"]) == 0
     assert [json.loads(line) for line in Path(records[0]).read_text()
             .splitlines()][:4] == kept[:4]
     assert cli.main([*again, "--limit", "3"]) == 0
