@@ -369,7 +369,7 @@ def test_chat_with_whatever_was_trained(base, tmp_path, capsys, monkeypatch):
     code, _, err = chat(*ask)
     assert code == 0 and f"was made for {base}" in err
     code, _, err = chat("--mode", "chat", "--prompt", "eggs " * 3000)
-    assert code == 1 and "context is 2,048 tokens\n" in err
+    assert code == 1 and "context is 512 tokens\n" in err
 
 
 def test_a_text_to_continue_is_taken_to_the_letter(monkeypatch):

@@ -135,7 +135,7 @@ def test_odd_questions_are_answered(student, question):
 
 def test_questions_beyond_the_context(student):
     for length in (20_000, 100_000):
-        with pytest.raises(ValueError, match="context is 2,048"):
+        with pytest.raises(ValueError, match="context is 512"):
             stream.stream(*student, "x" * length)
     model, tokenizer = student
     room = model.config.max_position_embeddings
@@ -248,7 +248,7 @@ def test_history_clear_and_a_full_context(monkeypatch, capsys, student,
             for t in texts] == [["first"], ["first", "second"],
                                 ["first", "second", "third"], ["fourth"]]
     assert "eggs" not in texts[2] # what was refused was never said
-    assert "context is 2,048 tokens; /clear starts afresh" in out
+    assert "context is 512 tokens; /clear starts afresh" in out
     assert "a new conversation" in out and "temperature 0.0" in out
     assert "answer:" not in out and out.count("first token after") == 4
 

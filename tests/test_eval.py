@@ -393,6 +393,41 @@ def test_majority_ignores_what_has_no_value():
     assert ev.majority(votes[:3])["value"] is None
 
 
+def test_an_answer_fills_the_context_and_no_more(unsure, monkeypatch):
+    "512 tokens asked for, less left: cut off there, alone and together."
+    model, tokenizer = unsure
+    monkeypatch.setattr(model.config, "max_position_embeddings", 50)
+    monkeypatch.setattr(decode, "end_ids", lambda *_: [1151]) # never likeliest
+    prompts = [prompts_of(1)[0] * 50 for _ in range(3)]
+    prompts = [p[:n] for p, n in zip(prompts, (10, 49, 45))]
+    told = decode.completions(model, tokenizer, prompts) # 512 by default
+    assert [(c.tokens, c.finished) for c in told] == [
+        (40, False), (1, False), (5, False)]
+    alone = [decode.generate_ids(model, tokenizer, [p])[0] for p in prompts]
+    assert alone == decode.generate_ids(model, tokenizer, prompts, batch_size=2)
+    assert alone == [theirs(model, tokenizer, p, 50 - len(p)) for p in prompts]
+    short = decode.completions(model, tokenizer, prompts, 3)
+    assert [c.tokens for c in short] == [3, 1, 3]
+    with pytest.raises(ValueError, match="has 50 tokens.*context is 50 tokens"):
+        decode.completions(model, tokenizer, [prompts[0] * 5, *prompts])
+
+
+def test_defaults_fit_the_student(student):
+    "`evaluate` asks for 512 tokens, which is all of the student's context."
+    model, tokenizer = student
+    room = model.config.max_position_embeddings
+    question = " 7" * 200 # nothing to answer: it writes until it is cut off
+    long = [dict(question=question + " 8" * n, answer="#### 1")
+            for n in range(2)]
+    report = ev.evaluate(model, tokenizer, long, "question")
+    voted = ev.self_consistency(model, tokenizer, long[:1], k=2)[0]
+    for r, style in [*zip(report.records, ["question"] * 2),
+                     *zip(voted, ["think"] * 2)]:
+        prompt = ev.prompt_for(r["question"], tokenizer, style)
+        assert len(prompt) + r["tokens"] <= room
+        if not r["finished"]: assert len(prompt) + r["tokens"] == room
+
+
 def test_perplexity_of_a_uniform_model(unsure):
     model, tokenizer = unsure
     weight = model.lm_head.weight.detach().clone()

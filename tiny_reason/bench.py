@@ -20,9 +20,9 @@ from statistics import median
 import torch
 
 from .data import to_messages
-from .eval import evaluate, perplexity, prompt_for
+from .eval import evaluate, perplexity
 from .lib.cells import BENCH_KIND, is_timed, KeptCells, open_folder
-from .lib.decode import Batch, chooser
+from .lib.decode import Batch, chooser, context_of
 from .lib.device import machine
 from .lib.disk import write_whole
 from .lib.folders import check_vocabulary, RWKV
@@ -50,11 +50,10 @@ def check_models(models:dict)->dict: # the same
 # %% ../nbs/12_bench.ipynb #967df2a7
 def check_context(model, tokens:int)->None:
     "`ValueError` if a text of so many tokens is beyond the model's context."
-    most = getattr(model.config, "max_position_embeddings", None)
-    if most and tokens > most:
-        raise ValueError(f"{tokens:,} tokens are needed, prompt and answer, "
-                         f"and the model's context is {most:,}: choose a "
-                         "smaller max_new_tokens or another model")
+    if tokens > (most := context_of(model)):
+        raise ValueError(f"{tokens:,} tokens are needed, and the model's "
+                         f"context is {most:,}: choose shorter texts or "
+                         "another model")
 
 # %% ../nbs/12_bench.ipynb #83c93f51
 def accuracy(model, tokenizer, style:str="question", # as in `prompt_for`
@@ -65,8 +64,6 @@ def accuracy(model, tokenizer, style:str="question", # as in `prompt_for`
     "A task: greedy answers to test problems, graded. `ValueError`: none."
     problems = list(load_problems(source, subset, "test", n, seed))
     if not problems: raise ValueError(f"{source} ({subset}) gave 0 problems")
-    check_context(model, max_new_tokens + max(len(prompt_for(
-        p["question"], tokenizer, style)) for p in problems))
     report = evaluate(model, tokenizer, problems, style, records=records,
                       max_new_tokens=max_new_tokens, progress=progress,
                       resume=records is not None)
@@ -128,8 +125,7 @@ def read_and_write(model, ids:list[int], new:int,
 def contexts_of(model, contexts, new:int)->list[int]:
     "Those with a prompt before `new` tokens; `ValueError`: all too long."
     check_context(model, min(contexts))
-    most = getattr(model.config, "max_position_embeddings", None)
-    return sorted(c for c in contexts if new < c <= (most or c))
+    return sorted(c for c in contexts if new < c <= context_of(model))
 
 # %% ../nbs/12_bench.ipynb #a016674a
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8192, 16_384)

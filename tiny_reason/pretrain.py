@@ -179,7 +179,7 @@ def train_tokenizer(texts, # an iterable of documents
     template = files("tiny_reason") / "student" / "chat_template.jinja"
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token=CONTROL[0], eos_token=CONTROL[2],
-        additional_special_tokens=CONTROL[1:], model_max_length=2048,
+        additional_special_tokens=CONTROL[1:], model_max_length=512,
         clean_up_tokenization_spaces=False,
         chat_template=template.read_text())
 
@@ -189,7 +189,7 @@ def student_config(vocab_size:int=1152)->Qwen2Config:
     return Qwen2Config(
         vocab_size=vocab_size, hidden_size=256, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, intermediate_size=640,
-        max_position_embeddings=2048, rope_theta=10000.0,
+        max_position_embeddings=512, rope_theta=10000.0,
         tie_word_embeddings=True, bos_token_id=0, pad_token_id=0,
         eos_token_id=2)
 

@@ -10,8 +10,9 @@ import sys
 from contextlib import closing, suppress
 
 from .arithmetic import check_steps
+from .decode import context_of
 from .prompts import encode_text, encode_texts, one_of, OURS
-from .stream import context_of, pace_text, sound, stream
+from .stream import pace_text, sound, stream
 from .verdicts import explain
 
 # %% ../../nbs/lib/chat.ipynb #baf4dfc2

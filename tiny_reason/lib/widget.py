@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from .answers import gold_number, grade
-from .decode import chooser, decode_batch, end_ids, text_of
+from .decode import (chooser, context_of, decode_batch,
+                                    end_ids, text_of)
 from .prompts import build_prompt
 from .stories import make_problems
 from .stream import fitted, pace_text, sound, stream, until
@@ -162,7 +163,8 @@ reading of the problem.</div>"""
 PROMPTS = {"plain text": dict(style="question"), # best for the student's base
            "chat, <think> opened": dict(style="think")} # as it is tuned
 
-def choices(examples:list[dict])->dict: # name -> widget
+def choices(examples:list[dict], most:int, # tokens of an answer
+            )->dict: # name -> widget
     "What a person sets: the problem, the models, and how they answer."
     import ipywidgets as w
     def look(basis, grow=1):
@@ -183,17 +185,19 @@ def choices(examples:list[dict])->dict: # name -> widget
         "tr-temperature": w.FloatSlider(
             value=0.1, min=0, max=1.5, step=0.1, readout_format=".1f",
             description="Temperature", **look("280px")),
-        "tr-length": w.IntSlider(value=1024, min=16, max=2048, step=16,
-                                 description="Most tokens", **look("280px")),
+        "tr-length": w.IntSlider(value=min(1024, most), min=16, max=most,
+                                 step=16, description="Most tokens",
+                                 **look("280px")),
         "tr-votes": w.IntSlider(value=1, min=1, max=20,
                                 description="Votes", **look("280px")),
         "tr-gold": w.Text(description="Right answer", **look("280px"),
                           placeholder="if you know it")}
 
-def controls(examples:list[dict])->dict: # name (and CSS class) -> widget
+def controls(examples:list[dict], most:int, # tokens of an answer
+             )->dict: # name (and CSS class) -> widget
     "The parts of the demo, not yet connected. Works with ipywidgets 7 and 8."
     import ipywidgets as w
-    parts = choices(examples) | {
+    parts = choices(examples, most) | {
         "tr-solve": w.Button(description="Solve", button_style="primary",
                              tooltip="or Ctrl-Enter in the problem box",
                              layout=w.Layout(width="110px")),
@@ -343,7 +347,8 @@ def demo(base, tuned, tokenizer, # of `load_pair`; tuned may be None
          ): # -> ipywidgets.VBox; `.parts` by class name, `.worker` the thread
     "Base and tuned side by side, token by token, with Solve and Stop."
     if examples is None: examples = list(make_problems(6, split="validation"))
-    models, parts = dict(base=base, tuned=tuned), controls(examples)
+    models = dict(base=base, tuned=tuned)
+    parts = controls(examples, min(2048, context_of(base)))
     box, stop = layout(parts), threading.Event()
     box.parts = parts
     def say(text): parts["tr-status"].value = escape(text)
