@@ -87,8 +87,7 @@ def read_story(question):
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("group", [None, *GROUPS])
 def test_ten_thousand_stories(split, group):
-    n = 100 if group == "longer" else 650  # 3 × (5 × 650 + 100)
-    for p in make_problems(n, split=split, group=group):
+    for p in make_problems(850, split=split, group=group):
         reasoning, final = parse_answer(p["answer"])
         assert read_story(p["question"]) == (p["kinds"], int(final))
         assert split_of(p["question"]) == split
