@@ -1,5 +1,6 @@
 "Execute notebooks with their progress in the terminal: `make run`, `make notebooks`."
 import copy
+import html
 import json
 import os
 import re
@@ -148,7 +149,10 @@ def render_readme():
     # GitHub shows the text of a style element instead of obeying it.
     text = re.sub(r"<style scoped>.*?</style>\n?", "", text, flags=re.S)
     for cell in nb.cells:
-        for alt in re.findall(r"^# alt: (.+)$", cell.source, re.M):
+        told = [o.get("metadata", {}).get("image/png", {}).get("alt")
+                for o in cell.get("outputs", [])]
+        for alt in [*re.findall(r"^# alt: (.+)$", cell.source, re.M),
+                    *(html.escape(alt) for alt in told if alt)]:
             text = text.replace("![png]", f"![{alt}]", 1)
     note = "<!-- Rendered from index.ipynb by `make notebooks`. -->\n"
     Path("README.md").write_text(note + text.strip() + "\n")

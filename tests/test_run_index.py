@@ -1,5 +1,6 @@
 "`make run` and `make notebooks`: what they print, and what README.md is."
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,21 @@ def test_readme_is_rendered_from_the_tour(tmp_path, monkeypatch):
         for file in (made / "README_files").iterdir():
             assert file.read_bytes() == (kept / "README_files" / file.name
                                          ).read_bytes()
+
+
+def test_a_picture_keeps_its_words(tmp_path, monkeypatch):
+    "A drawing brings its text along; a plot has it in a comment."
+    def shown(**metadata):
+        return new_output("display_data", {"image/png": "iVBORw0KGgo="},
+                          metadata={"image/png": metadata})
+    monkeypatch.chdir(tmp_path)
+    nbformat.write(new_notebook(cells=[
+        new_code_cell("draw()", outputs=[shown(alt="a <b> drawing", width=7)]),
+        new_code_cell("# alt: a plot\nplot()", outputs=[shown()])]),
+        "index.ipynb")
+    run_index.render_readme()
+    found = re.findall(r"!\[(.*?)\]", Path("README.md").read_text())
+    assert found == ["a &lt;b&gt; drawing", "a plot"]
 
 
 def test_heading():
