@@ -56,6 +56,11 @@ def test_the_table_of_rooms_is_complete():
         assert f"`{name}`" in told, f"CONTRIBUTING.md does not place {name}"
 
 
+def test_the_map_of_the_course_shows_every_lesson():
+    from tiny_reason.lib.draw import COURSE
+    assert {*COURSE} == {p.stem for p in (ROOT / "nbs").glob("[0-9]*.ipynb")}
+
+
 def test_the_tour_leads_to_every_lesson():
     tour = (ROOT / "index.ipynb").read_text()
     for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
