@@ -177,7 +177,7 @@ def draw_block(weights, # of one block, floats
                levels, # sixteen, ascending from -1 to 1
                )->Picture:
     "Every weight on its way to a level, and the bytes of the block."
-    largest, n = max(abs(float(w)) for w in weights), len(weights)
+    largest, n = max(abs(float(w)) for w in weights) or 1.0, len(weights)
     scaled = [float(w) / largest for w in weights]
     levels = [*map(float, levels)]
     codes = [min(range(16), key=lambda c: abs(levels[c] - w)) for w in scaled]
@@ -296,7 +296,7 @@ def draw_grid(counts:dict[str, dict[str, int]], # row -> column -> right ones
         write(ax, 29.5 + wide * (j + 0.5), 6, name, weight="bold")
     for i, (name, row) in enumerate(counts.items()):
         y = 8 + 7 * i
-        write(ax, 1, y + 3, fill(name, 24), at="left", weight="bold")
+        write(ax, 1, y + 3, fill(name, 20), at="left", weight="bold")
         for j, column in enumerate(columns):
             x, k = 29.5 + wide * j, row[column]
             box(ax, x, y, wide - 1, 6.2)
@@ -389,14 +389,14 @@ def draw_group(prompt:str, completions:list[str], rewards:list[float],
     for x, text in ((10, "one prompt"), (39.5, f"{n} completions"),
                     (63.5, "reward"), (84.5, "advantage")):
         write(ax, x, 2.5, text, weight="bold")
-    middle = 5 + 3 * n
-    box(ax, 1, middle - 9, 18, 18, fill(prompt, 17, max_lines=7,
-                                        placeholder=" …"))
+    middle, high = 4.5 + 3 * n, min(18, 6 * n - 1)
+    box(ax, 1, middle - high / 2, 18, high, fill(
+        prompt, 14, max_lines=int(high // 2.4), placeholder=" …"))
     for i, (told, reward, a) in enumerate(zip(completions, rewards,
                                               advantages)):
         y, wide = 5 + 6 * i, 8.5 * a / most
         arrow(ax, (19, middle), (22.8, y + 2.5), lw=0.8)
-        box(ax, 23, y, 34, 5, fill(" ".join(told.split()), 34, max_lines=2,
+        box(ax, 23, y, 34, 5, fill(" ".join(told.split()), 29, max_lines=2,
                                    placeholder=" …"))
         box(ax, 59, y, 9, 5, f"{reward:g}")
         if a: box(ax, 84.5 + min(wide, 0), y + 0.5, abs(wide), 4,
