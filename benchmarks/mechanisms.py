@@ -1,44 +1,68 @@
 """Which part gives RWKV-7 its head start? A ladder of mechanisms.
 
-    python benchmarks/mechanisms.py rates [--only rwkv]  # a rate for each arm
-    python benchmarks/mechanisms.py train [--tokens 0.6] [--seeds 0 1]
-    python benchmarks/mechanisms.py grade                # greedy answers
-    python benchmarks/mechanisms.py recall               # keys and values
-    python benchmarks/mechanisms.py time                 # on a quiet core
-    python benchmarks/mechanisms.py table
+About 300 core-minutes. Two processes, A and B, need nothing of each other; in
+brackets core-minutes, estimated on quiet cores (busy ones take a fifth more).
+Every command says first what it will run and how long that may take, and ends
+there with --plan.
 
-The arms are those of nbs/13_comparison, all of one size. Every run is a file
-below --folder: a finished one is not repeated, and a killed one goes on from
-its last checkpoint, so that processes can share the work by --only (arms whose
-name begins so), --seeds and --tokens. `table` gathers what is there into
-mechanisms.json and mechanisms.md.
+    M="python benchmarks/mechanisms.py"
+    $M time                                            # (3) first, alone
+    $M rates --only =transformer +                     # A (30)
+    $M train --tokens 0.6 time --only =transformer +   # A (49)
+    $M train --tokens 2.5 --only =transformer +        # A (26)
+    $M train --tokens 10 --seeds 0 --only =transformer # A (17)
+    $M recall                                          # A (23)
+    $M rates --only rwkv                               # B (50)
+    $M train --tokens 0.6 --only rwkv                  # B (36)
+    $M train --tokens 2.5 --only rwkv                  # B (35)
+    $M train --tokens 10 --seeds 0 --only rwkv         # B (23)
+    $M grade                                           # (9) after both
+    $M table
+    $M train --tokens 10 --seeds 1                     # (40) more, if wanted
 
-* rates: 1e-3, 2e-3 and 4e-3, then outwards by factors of two (5e-4, 8e-3,
-  ...) until the best is not at the edge; 0.6 million tokens, a seed that is
-  not used again, the loss on solution tokens of the validation split. A rate
-  beyond a worse one is not tried: the curve is taken to have one valley.
-* train: all arms at 0.6 million tokens, five seeds; at 2.5 million, five
-  seeds, the plain transformer, the whole ladder, RWKV-7 and RWKV-7 without the
-  part whose loss hurt most at 0.6 million (on validation); at 10 million, two
-  seeds of the first three. RWKV-7 without a changing decay is left out, for
-  time. Arms of a seed read the same text in the same
-  order; the schedule is scaled to each run. Loss on the test split, on all
-  tokens and on those of solutions.
+The arms are those of nbs/13_comparison, all of one size; RWKV-7 without the
+norm after its embedding is left out, for time. Every run is a file below
+--folder: a finished one is not repeated, and a killed one goes on from its
+last checkpoint (recall and grading: from the start of that run). Processes
+share the work by --only (arms whose name begins so), --seeds and --tokens.
+`table` gathers what is there into mechanisms.json and mechanisms.md, and
+refuses files that were made with other settings.
+
+* rates: 2e-3 and 4e-3, then on in factors of two, towards the better one,
+  until the best has a worse one on both sides; 0.6 million tokens, a seed that
+  is not used again, the loss on solution tokens of the validation split. The
+  curve is taken to have one valley. No test problem is read.
+* train: at 0.6 million tokens all arms, five seeds, and three of RWKV-7
+  without a part. At 2.5 million, three seeds, the plain transformer, the whole
+  ladder, RWKV-7 and RWKV-7 without the part whose loss hurt most at 0.6
+  million (on validation). At 10 million the two ends, for a look: one seed, or
+  two. *time*: the plain transformer and the whole ladder, three seeds, as many
+  steps as fit into the time that RWKV-7 takes for 0.6 million tokens, measured
+  by `time`. Arms of a seed read the same text in the same order; the schedule
+  is scaled to each run. Loss on the test split, on all tokens and on those of
+  solutions.
 * grade: runs of 2.5 million tokens and more; familiar test problems.
-* recall: key, value, key, value, ..., then keys again. In rows of 512 tokens
-  up to 224 pairs; three heads of 64 hold 192 keys at right angles in a layer.
-  Trained from scratch on random pairs; small numbers of them come first.
-* time: training steps in turn. At equal time, an arm's loss is read off a
-  line through the ends of its own runs, over the logarithm of tokens. (Not
-  off one run's curve: its rate has not yet fallen in the middle.)
+* recall: key, value, key, value, ..., then keys again, by arms of two layers
+  with one head of 64. Two memories of 64 by 64 hold 128 keys at right angles;
+  up to 160 pairs are asked for. Trained from scratch on random pairs, small
+  numbers of them first; three seeds, each arm at a rate of its own, swept like
+  the others.
+* time: core-seconds of training steps, in turn.
 
-The unit of every test is the run: paired differences by seed, t intervals."""
+A step is the same for all arms: 4,096 tokens, one thread, bf16 products,
+compiled. It is taken in two halves, which saves RWKV-7 a seventh of its time
+and costs the transformer none.
+
+The unit of every test is the run: paired differences by seed, t intervals.
+Beside those of answers stands McNemar's test over problems."""
 import argparse
 import json
-import math
+import os
+import sys
 from pathlib import Path
 from statistics import mean, median
-from time import perf_counter
+from time import process_time
+from types import SimpleNamespace
 
 import datasets
 import torch
@@ -47,52 +71,120 @@ import transformers
 from safetensors.torch import load_file
 from scipy import stats
 
-from tiny_reason.comparison import ARMS as ALL, LADDER, new_arm, parameters
+from tiny_reason.comparison import (ARMS as ALL, build, LADDER, new_arm,
+                                    parameters)
 from tiny_reason.data import encode_problems
 from tiny_reason.eval import evaluate
+from tiny_reason.lib.checkpoints import Stopped
 from tiny_reason.lib.device import machine
-from tiny_reason.lib.disk import discard, write_whole
+from tiny_reason.lib.disk import discard, file_hash, write_whole
 from tiny_reason.lib.folders import find_base, load_tokenizer
 from tiny_reason.lib.problems import load_problems
-from tiny_reason.lib.stats import wilson
+from tiny_reason.lib.stats import holm, mcnemar, paired_difference, wilson
 from tiny_reason.pretrain import (Plan, as_function, make_optimizers, pretrain,
-                                  rate_at, rows, train_step)
+                                  rows, take_steps, train_step)
 
 HERE = Path(__file__).parent
-ARMS = tuple(arm for arm in ALL if arm != "rwkv - decay") # dear, and last
+ARMS = tuple(arm for arm in ALL if arm != "rwkv - norm")
 FULL = [*LADDER][-1] # the transformer with every mechanism
 LONG = ("transformer", FULL, "rwkv")
+LESS = tuple(arm for arm in ARMS if arm.startswith("rwkv - "))
 STEPS = {"0.6": 146, "2.5": 610, "10": 2441} # of 16 rows of 256
-SEEDS = {"0.6": 5, "2.5": 5, "10": 2}
-RATES = (1e-3, 2e-3, 4e-3) # then outwards, while the best is at the edge
+TIME = "time" # a budget, too: of RWKV-7's time for the first one
+SEEDS = {"0.6": 5, TIME: 3, "2.5": 3, "10": 2}
+LESS_SEEDS = 3 # of RWKV-7 without a part
+RATES = (2e-3, 4e-3) # neighbours: the sweep goes on from them
 RATE_SEED = 9
+PROBLEMS = dict(validation=200, test=500) # that losses are measured on
 RECALL = (*LONG, "rwkv - delta")
-PAIRS = (4, 16, 64, 128, 192, 224) # in a row of recall
-ROW, RECALL_STEPS = 512, 300
-KEYS = 512 # ids 0 to 511 are keys, the next 512 are values
+PAIRS = (8, 32, 64, 96, 128, 160) # in a row of recall
+KEYS, ROW = 192, 384 # ids 0 to 191 are keys, the next 192 are values
+SMALL = dict(width=64, layers=2, vocab_size=2 * KEYS)
+RECALL_STEPS, RECALL_SEEDS = 500, 3
+# Core-seconds of a step, of a run's ends, of a step of recall, of 300 answers,
+# of compiling; measured on an AMD EPYC of family 26, quiet. True: RWKV-7.
+COST = {False: (0.41, 8, 0.08, 30, 20), True: (0.55, 14, 0.13, 45, 100)}
 
 
 def slug(*parts): return "_".join(str(p).replace(" ", "") for p in parts)
 
 
+def cost(arm): return COST[arm.startswith("rwkv")]
+
+
 def plan_of(steps, rate):
-    return Plan(steps=steps, batch=16, length=256, learning_rate=rate,
-                warmup=min(100, max(1, steps // 6)))
+    return Plan(steps=steps, batch=8, accumulation=2, length=256,
+                learning_rate=rate, warmup=min(100, max(1, steps // 6)))
 
 
-def once(path, work):
+# What is finished, and what is to be done.
+
+def settings(args, stage):
+    "What results must share to stand in one table."
+    plan = plan_of(1, 0)
+    common = dict(steps=args.steps, problems=args.problems,
+                  recall_steps=args.recall_steps, tokenizer=args.text_hash,
+                  rows=[plan.batch, plan.accumulation, plan.length])
+    return common | (dict(n=args.n) if stage == "grade" else {})
+
+
+def read(args, path):
+    "A finished run. `SystemExit`: it was made with other settings."
+    record = json.loads(path.read_text())
+    for key, value in settings(args, path.parent.name).items():
+        there = record["settings"].get(key)
+        if there != value: raise SystemExit(
+            f"{path} was made with {key} {there!r}, this command has {value!r}:"
+            " repeat its flags, or choose another --folder")
+    return record
+
+
+def gathered(args, stage):
+    return [read(args, p)
+            for p in sorted((args.folder / stage).glob("*.json"))]
+
+
+def finished(args, stage, name): # its record, or None
+    path = args.folder / stage / f"{name}.json"
+    return read(args, path) if path.is_file() else None
+
+
+def used(): return sum(os.times()[:4]) # core-seconds, compilers' too
+
+
+def once(args, stage, name, work):
     "What a finished run has written; else do it now and write it."
-    if not path.is_file():
-        print(path.stem, flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, [json.dumps(work(), indent=1), "\n"])
-    return json.loads(path.read_text())
+    found = finished(args, stage, name)
+    if found: return found
+    start = used()
+    record = dict(work(), settings=settings(args, stage),
+                  minutes=round((used() - start) / 60, 2),
+                  machine=machine(), command=args.command)
+    (args.folder / stage).mkdir(parents=True, exist_ok=True)
+    write_whole(args.folder / stage / f"{name}.json",
+                [json.dumps(record, indent=1), "\n"])
+    print(f"{stage}: {name}, {record['minutes']} core-minutes", flush=True)
+    return read(args, args.folder / stage / f"{name}.json")
 
 
-def gathered(folder, stage):
-    return [json.loads(p.read_text())
-            for p in sorted((folder / stage).glob("*.json"))]
+def announce(args, stage, jobs):
+    "Say what is to be done of jobs, (name, core-seconds) each."
+    todo = [(n, s) for n, s in jobs if not finished(args, stage, n)]
+    print(f"{stage}: {len(todo)} of {len(jobs)} runs to do, about "
+          f"{sum(s for _, s in todo) / 60:.0f} core-minutes:",
+          ", ".join(n for n, _ in todo) or "none", flush=True)
 
+
+def in_turn(args, stage, jobs): # (arm, name, core-seconds, () -> dict) each
+    announce(args, stage, [job[1:3] for job in jobs])
+    last = None
+    for arm, name, _, work in [] if args.plan else jobs:
+        if arm != last: torch._dynamo.reset() # each arm is another graph
+        last = arm
+        once(args, stage, name, work)
+
+
+# Training.
 
 def text(tokenizer, split, n, seed):
     "Problems of the first two groups: ids, and 1 where a solution stands."
@@ -103,12 +195,12 @@ def text(tokenizer, split, n, seed):
 
 
 @torch.no_grad()
-def losses(model, tokenizer, split, n=500):
+def losses(model, tokenizer, split, n):
     "Nats a token of unseen problems: of all tokens, of those of solutions."
     ids, masks = text(tokenizer, split, n, 0)
     model.eval()
     total, solution, count, inside = 0.0, 0.0, 0, 0
-    for (x, y), (_, mask) in zip(rows(ids, 16, 256), rows(masks, 16, 256)):
+    for (x, y), (_, mask) in zip(rows(ids, 8, 256), rows(masks, 8, 256)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(x, use_cache=False).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(),
@@ -119,118 +211,152 @@ def losses(model, tokenizer, split, n=500):
     return dict(all=total / count, solution=solution / inside, n=n)
 
 
-def run(args, arm, seed, size, rate, tokenizer, name):
-    "Train an arm; its losses and log. Weights of the short runs are not kept."
-    steps, out = args.steps[size], args.folder / "runs" / name / "weights"
+def run(args, arm, seed, steps, rate, name, test=True, keep=False):
+    "Train an arm; its losses and log, and its weights if they are kept."
+    out = args.folder / "runs" / name / "weights"
     plan = plan_of(steps, rate)
-    documents, _ = text(tokenizer, "train", plan.tokens // 130 + 100, seed)
-    held, _ = text(tokenizer, "validation", 130, 0)
+    documents, _ = text(args.tokenizer, "train", plan.tokens // 130 + 100, seed)
+    held, _ = text(args.tokenizer, "validation", 130, 0)
     model = new_arm(arm, seed)
-    log = pretrain(model, tokenizer, documents, out, plan,
-                   [*rows(held, 16, 256)][:4], resume=True,
+    log = pretrain(model, args.tokenizer, documents, out, plan,
+                   [*rows(held, 8, 256)][:8], resume=True,
                    save_every=max(1, steps // 4), compiled=args.shrink == 1)
     found = dict(arm=arm, seed=seed, tokens=plan.tokens, rate=rate,
                  parameters=parameters(model), log=log,
-                 feed_forward=model.config.intermediate_size,
-                 validation=losses(model, tokenizer, "validation"),
-                 test=losses(model, tokenizer, "test"))
-    if size == "0.6": discard(out)
+                 feed_forward=model.config.intermediate_size)
+    for split in ("validation", "test") if test else ("validation",):
+        found[split] = losses(model, args.tokenizer, split,
+                              args.problems[split])
+    if not keep: discard(out)
     return found
 
 
-def run_or_fail(args, arm, rate, tokenizer):
-    "A run at a rate; one that ends in numbers that are none has lost."
-    try:
-        return run(args, arm, RATE_SEED, "0.6", rate, tokenizer,
-                   f"rate_{slug(arm, rate)}")
-    except FloatingPointError as error:
-        return dict(arm=arm, rate=rate, failed=str(error),
-                    validation=dict(all=99.0, solution=99.0))
+def sweep(ask): # rate -> loss
+    "{rate: loss}, until those beside the best are both worse."
+    tried, todo = {}, {*RATES}
+    while todo:
+        tried |= {rate: ask(rate) for rate in sorted(todo)}
+        best = min(tried, key=tried.get)
+        todo = {best / 2, best * 2} - {*tried}
+    return tried
 
 
-def find_rates(args, tokenizer):
-    for arm in args.arms:
-        torch._dynamo.reset() # each arm is another graph
-        tried, todo = {}, {*RATES}
-        while todo:
-            for rate in sorted(todo):
-                path = args.folder / "rates" / f"{slug(arm, rate)}.json"
-                tried[rate] = once(path, lambda: run_or_fail(
-                    args, arm, rate, tokenizer))["validation"]["solution"]
-            best, least, most = min(tried, key=tried.get), *(
-                f(tried) for f in (min, max))
-            todo = ({best / 2} if best == least else
-                    {best * 2} if best == most else {})
-        print(arm, {r: round(v, 3) for r, v in sorted(tried.items())},
-              flush=True)
-
-
-def best_rate(folder, arm):
-    tried = {r["rate"]: r["validation"]["solution"]
-             for r in gathered(folder, "rates") if r["arm"] == arm}
+def best_rate(args, arm, stage="rates"):
+    tried = {r["rate"]: r["loss"] for r in gathered(args, stage)
+             if r["arm"] == arm}
     best = min(tried, key=tried.get, default=None)
-    if not {*RATES} <= {*tried} or best in (min(tried), max(tried)):
-        raise SystemExit(f"the rate of {arm!r} is not found yet: `rates` first")
+    if not tried or not {best / 2, best * 2} <= {*tried}:
+        raise SystemExit(f"the rate of {arm!r} is not found yet: "
+                         f"`{stage.partition('_')[0]}` first")
     return best
 
 
-def most_missed(folder, tokens):
+def find_rates(args, stage, arms, attempt): # (arm, rate) -> record
+    for arm in arms:
+        torch._dynamo.reset()
+
+        def ask(rate):
+            def work(): # a run that ends in no numbers has lost
+                try: return attempt(arm, rate)
+                except FloatingPointError as error:
+                    return dict(arm=arm, rate=rate, loss=99.0,
+                                failed=str(error))
+            return once(args, stage, slug(arm, rate), work)["loss"]
+
+        print(arm, {r: round(v, 3) for r, v in sorted(sweep(ask).items())},
+              flush=True)
+
+
+def rates(args):
+    steps = args.steps["0.6"]
+    announce(args, "rates", [
+        (slug(arm, rate), steps * cost(arm)[0] + cost(arm)[1]
+         + (rate == RATES[0]) * cost(arm)[4])
+        for arm in args.arms for rate in (*RATES, 2 * RATES[1])])
+    if args.plan: return print("and more for an arm whose best is at the edge")
+
+    def attempt(arm, rate):
+        found = run(args, arm, RATE_SEED, steps, rate,
+                    f"rate_{slug(arm, rate)}", test=False)
+        return dict(found, loss=found["validation"]["solution"])
+    find_rates(args, "rates", args.arms, attempt)
+
+
+def most_missed(args):
     "RWKV-7 without the part that it misses most, by validation loss."
-    found = {arm: [] for arm in ARMS if arm.startswith("rwkv - ")}
-    for r in gathered(folder, "train"):
-        if r["arm"] in found and r["tokens"] == tokens:
+    found = {arm: [] for arm in LESS}
+    for r in gathered(args, "train"):
+        if r["arm"] in found and r["size"] == "0.6":
             found[r["arm"]].append(r["validation"]["solution"])
-    if min(map(len, found.values())) < SEEDS["0.6"]: # or it might change yet
+    if min(map(len, found.values())) < LESS_SEEDS: # it might change yet
         raise SystemExit("which part RWKV-7 misses most is not known yet: "
-                         "`train --tokens 0.6` first")
+                         "`train --tokens 0.6 --only rwkv` first")
     return max(found, key=lambda arm: mean(found[arm]))
 
 
 def wanted(args, size):
-    "Arms and seeds of a budget that were asked for."
-    arms = ARMS if size == "0.6" else LONG
-    if size == "2.5":
-        arms += most_missed(args.folder, 4096 * args.steps["0.6"]),
-    return ([arm for arm in arms if arm in args.arms],
-            [s for s in args.seeds if s < SEEDS[size]])
+    "(arm, seed) of a budget, of those that were asked for."
+    arms = {"0.6": ARMS, TIME: LONG[:2], "2.5": LONG, "10": LONG[::2]}[size]
+    if size == "2.5" and {*LESS} & {*args.arms}: arms += most_missed(args),
+    return [(arm, seed) for arm in arms if arm in args.arms
+            for seed in range(min(SEEDS[size], LESS_SEEDS) if arm in LESS
+                              else SEEDS[size]) if seed in args.seeds]
 
 
-def train_all(args, tokenizer):
+def steps_of(args, arm, size):
+    if size != TIME: return args.steps[size]
+    found = finished(args, "time", "time")
+    if not found: raise SystemExit("how fast the arms are is not known yet: "
+                                   "`time` first")
+    speed = found["tokens_a_second"]
+    return round(args.steps["0.6"] * speed[arm] / speed["rwkv"])
+
+
+def train(args):
+    jobs = []
     for size in args.tokens:
-        arms, seeds = wanted(args, size)
-        for arm in arms:
-            torch._dynamo.reset()
-            rate = best_rate(args.folder, arm)
-            for seed in seeds:
-                name = slug(arm, size, seed)
-                once(args.folder / "train" / f"{name}.json",
-                     lambda: run(args, arm, seed, size, rate, tokenizer, name))
+        for arm, seed in wanted(args, size):
+            def work(arm=arm, seed=seed, size=size):
+                return dict(run(
+                    args, arm, seed, steps_of(args, arm, size),
+                    best_rate(args, arm), slug(arm, size, seed),
+                    keep=size in ("2.5", "10")), size=size)
+            jobs.append((arm, slug(arm, size, seed), cost(arm)[1]
+                         + steps_of(args, arm, size) * cost(arm)[0], work))
+    in_turn(args, "train", jobs)
 
 
-def grade_all(args, tokenizer):
+# Answers, recall, time.
+
+def grade(args):
     problems = [dict(p) for p in load_problems("arithmetic", "familiar",
                                                "test", args.n)]
-    ends = {k: getattr(tokenizer, k) for k in ("eos_token_id", "pad_token_id")}
+    ends = {k: getattr(args.tokenizer, k)
+            for k in ("eos_token_id", "pad_token_id")}
 
-    def ask(arm, seed, weights):
+    def ask(arm, seed, size, weights):
         model = new_arm(arm, seed)
-        model.load_state_dict(load_file(weights), strict=False)
+        lost = model.load_state_dict(load_file(weights), strict=False)
+        assert {*lost.missing_keys} <= {"lm_head.weight", "head.weight"}, lost
         model.generation_config.update(**ends)
-        report = evaluate(model.eval(), tokenizer, problems, "question",
+        report = evaluate(model.eval(), args.tokenizer, problems, "question",
                           max_new_tokens=200)
-        return "".join(str(int(r["correct"])) for r in report.records)
+        return dict(arm=arm, seed=seed, size=size, group="familiar",
+                    right="".join("01"[r["correct"]] for r in report.records))
 
-    for size in (s for s in args.tokens if s != "0.6"):
-        arms, seeds = wanted(args, size)
-        for arm in arms:
-            for seed in seeds:
-                name = slug(arm, size, seed)
-                weights = (args.folder / "runs" / name / "weights"
-                           / "model.safetensors")
-                if not weights.is_file(): continue
-                once(args.folder / "grade" / f"{name}.json", lambda: dict(
-                    arm=arm, seed=seed, tokens=4096 * args.steps[size],
-                    group="familiar", right=ask(arm, seed, weights)))
+    jobs = []
+    for size in (s for s in args.tokens if s in ("2.5", "10")):
+        for arm, seed in wanted(args, size):
+            name = slug(arm, size, seed)
+            weights = args.folder / "runs" / name / "weights"
+            if not finished(args, "train", name):
+                print(f"{name} is not trained yet, and not graded")
+                continue
+            jobs.append((arm, name, cost(arm)[3] * args.n / 300,
+                         lambda told=(arm, seed, size,
+                                      weights / "model.safetensors"):
+                         ask(*told)))
+    in_turn(args, "grade", jobs)
 
 
 def recall_row(n, generator):
@@ -251,96 +377,103 @@ def recall_batch(numbers, generator):
 
 
 @torch.no_grad()
-def recalled(model, rounds):
-    "Share of right values by number of pairs; rows that nobody trained on."
-    generator, found = torch.Generator().manual_seed(10**6), {}
+def recalled(model, seed, rounds=8):
+    "{pairs: [right values, asked]} and the loss, of rows never trained on."
+    generator, found, total = torch.Generator().manual_seed(seed), {}, 0.0
     model.eval()
     for n in PAIRS:
         right = asked = 0
         for _ in range(rounds):
             x, y = recall_batch([n] * 8, generator)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                guess = model(x, use_cache=False).logits.argmax(-1)
-            right += int((guess == y)[y >= 0].sum())
+                logits = model(x, use_cache=False).logits.float()
+            right += int((logits.argmax(-1) == y)[y >= 0].sum())
             asked += int((y >= 0).sum())
+            total += F.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
         found[n] = [right, asked]
-    return found
+    return found, total / rounds / len(PAIRS)
 
 
-def learn_recall(arm, seed, steps, rate, compiled):
-    "Train an arm on random pairs; what it recalls, and its loss on the way."
-    plan, model = plan_of(steps, rate), new_arm(arm, seed)
+def learn_recall(args, arm, seed, rate, rows_seed):
+    "Train a small arm on random pairs; its log, then what it recalls."
+    steps = args.recall_steps
+    plan = plan_of(steps, rate)
+    model = new_arm(arm, seed, parameters(build("rwkv", 256, **SMALL)), **SMALL)
     generator = torch.Generator().manual_seed(seed)
-    forward, optimizers = as_function(model, compiled), make_optimizers(
-        model, plan)
-    log, start = [], perf_counter()
-    for step in range(steps):
-        known = PAIRS[:1 + 2 * step * len(PAIRS) // steps] # all by half time
-        picks = torch.randint(len(known), (8,), generator=generator)
-        loss = train_step(forward, [recall_batch([known[i] for i in picks],
-                                                 generator)])
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * rate_at(step, steps, plan.warmup)
-            optimizer.step()
-            optimizer.zero_grad()
-        if not step % 20: log.append([step, round(loss, 4)])
+    forward, optimizers = as_function(model), make_optimizers(model, plan)
+    state = SimpleNamespace(model=model, optimizers=optimizers,
+                            out=args.folder / "recall")
+
+    def batches():
+        for step in range(steps):
+            known = PAIRS[:1 + 2 * step * len(PAIRS) // steps] # all by half
+            picks = torch.randint(len(known), (8,), generator=generator)
+            yield step, [recall_batch([known[i] for i in picks], generator)]
+    log = [(step, round(loss, 4)) for step, loss in take_steps(
+        state, forward, batches(), plan) if step % 20 == 0]
+    found, loss = recalled(model, rows_seed)
     return dict(arm=arm, seed=seed, steps=steps, rate=rate, log=log,
-                recalled=recalled(model, 8), seconds=perf_counter() - start)
+                parameters=parameters(model), recalled=found, loss=loss)
 
 
-def recall_all(args, tokenizer):
-    steps = max(2, RECALL_STEPS // args.shrink)
-    for arm in (a for a in RECALL if a in args.arms):
-        torch._dynamo.reset()
-        for seed in (s for s in args.seeds if s < 3):
-            once(args.folder / "recall" / f"{slug(arm, seed)}.json",
-                 lambda: learn_recall(arm, seed, steps,
-                                      best_rate(args.folder, arm),
-                                      args.shrink == 1))
+def recall(args):
+    arms = [arm for arm in RECALL if arm in args.arms]
+    seconds = {arm: args.recall_steps * cost(arm)[2] + 3 for arm in arms}
+    announce(args, "recall_rates", [
+        (slug(arm, rate), seconds[arm]) for arm in arms
+        for rate in (*RATES, 2 * RATES[1])])
+    if not args.plan: find_rates(
+        args, "recall_rates", arms, lambda arm, rate: learn_recall(
+            args, arm, RATE_SEED, rate, 10**6))
+    in_turn(args, "recall", [
+        (arm, slug(arm, seed), seconds[arm], lambda arm=arm, seed=seed:
+         learn_recall(args, arm, seed, best_rate(args, arm, "recall_rates"),
+                      10**6 + 1))
+        for arm in arms for seed in range(RECALL_SEEDS) if seed in args.seeds])
 
 
-def time_all(args, tokenizer):
-    "Tokens a second of whole training steps, arms in turn."
-    torch.set_num_threads(1)
-    plan, jobs = plan_of(100, 1e-3), {}
-    x = torch.randint(1152, (16, 256), generator=torch.manual_seed(0))
-    for arm in args.arms:
-        model = new_arm(arm, 0)
+def time(args):
+    def measure():
+        "Tokens a core-second of whole training steps, arms in turn."
+        plan, jobs = plan_of(100, 1e-3), {}
+        halves = torch.randint(1152, (2, 8, 256),
+                               generator=torch.manual_seed(0))
+        for arm in LONG:
+            model = new_arm(arm, 0)
 
-        def step(forward=as_function(model, args.shrink == 1),
-                 optimizers=make_optimizers(model, plan)):
-            train_step(forward, [(x, x)])
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-        jobs[arm] = step
-        step() # compiles
-    taken = {arm: [] for arm in jobs}
-    for _ in range(args.rounds):
-        for arm, job in jobs.items():
-            start = perf_counter()
-            job()
-            taken[arm].append(perf_counter() - start)
-    (args.folder / "time").mkdir(parents=True, exist_ok=True)
-    write_whole(args.folder / "time" / "time.json", [json.dumps(dict(
-        machine=machine(), rounds=args.rounds, tokens_a_second={
-            arm: x.numel() / median(t) for arm, t in taken.items()}))])
+            def step(forward=as_function(model, args.shrink == 1),
+                     optimizers=make_optimizers(model, plan)):
+                train_step(forward, [(x, x) for x in halves])
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            jobs[arm] = step
+            step() # compiles
+        taken = {arm: [] for arm in jobs}
+        for _ in range(args.rounds):
+            for arm, job in jobs.items():
+                start = process_time()
+                job()
+                taken[arm].append(process_time() - start)
+        return dict(rounds=args.rounds, tokens_a_second={
+            arm: halves.numel() / median(t) for arm, t in taken.items()})
+    in_turn(args, "time", [(LONG, "time", 150, measure)])
 
 
-def difference(a, b):
-    "Mean of a - b by seed, its 95 % t interval, p; None with less than two."
+# The page.
+
+def by_seed(result, arm, size, kind="solution"): # {seed: test loss}
+    if size == TIME and arm == "rwkv": size = "0.6" # whose time it is
+    return {r["seed"]: r["test"][kind] for r in result["train"]
+            if r["arm"] == arm and r["size"] == size}
+
+
+def difference(a, b): # {seed: figure} of two arms
+    "Of a - b over their common seeds; None with less than two."
     seeds = sorted({*a} & {*b})
     if len(seeds) < 2: return None
-    test = stats.ttest_rel([a[s] for s in seeds], [b[s] for s in seeds])
-    low, high = test.confidence_interval(0.95)
-    return dict(runs=len(seeds), mean=mean(a[s] - b[s] for s in seeds),
-                low=float(low), high=float(high), p=float(test.pvalue))
-
-
-def by_seed(result, arm, tokens, kind="solution"):
-    return {r["seed"]: r["test"][kind] for r in result["train"]
-            if r["arm"] == arm and r["tokens"] == tokens}
+    found = paired_difference(*([way[s] for s in seeds] for way in (a, b)))
+    return dict(zip(("mean", "low", "high", "p"), found), runs=len(seeds))
 
 
 def against(arm):
@@ -350,49 +483,44 @@ def against(arm):
     return FULL if arm == "rwkv" else "rwkv"
 
 
-def holm(tests):
-    "Add Holm's p to each test of a family."
-    worst = 0.0
-    for i, t in enumerate(sorted(tests, key=lambda t: t["p"])):
-        worst = max(worst, min(1.0, (len(tests) - i) * t["p"]))
-        t["holm"] = worst
+def pairs(size): # whose runs are compared
+    if size == TIME: return [("rwkv", arm) for arm in LONG[:2]]
+    found = [(arm, against(arm)) for arm in ARMS if against(arm)]
+    return found + [(arm, "transformer") for arm in LONG[1:]]
 
 
-def comparisons(result):
-    "All tests: {tokens: {'arm, against other': difference}}, Holm by budget."
-    found = {}
-    for tokens in sorted({r["tokens"] for r in result["train"]}):
-        pairs = {(arm, against(arm)) for arm in ARMS if against(arm)}
-        pairs |= {(arm, "transformer") for arm in (FULL, "rwkv")}
-        tests = {f"{a}, against {b}": difference(
-            by_seed(result, a, tokens), by_seed(result, b, tokens))
-            for a, b in sorted(pairs, key=lambda p: ARMS.index(p[0]))}
-        found[str(tokens)] = {k: t for k, t in tests.items() if t}
-        holm(found[str(tokens)].values())
+def with_holm(tests): # {name: difference or None}
+    found = {name: t for name, t in tests.items() if t}
+    for t, p in zip(found.values(), holm([t["p"] for t in found.values()])):
+        t["holm"] = p
     return found
 
 
-def equal_time(result):
-    "Solution loss of the long arms in the time that RWKV-7's runs took."
-    speed = result["time"].get("tokens_a_second", {})
-    if not {*LONG} <= {*speed}: return {}
+def comparisons(result):
+    "{budget: {'arm, against other': difference}}, Holm's p by budget."
+    return {size: with_holm({
+        f"{a}, against {b}": difference(by_seed(result, a, size),
+                                        by_seed(result, b, size))
+        for a, b in dict.fromkeys(pairs(size))}) for size in SEEDS}
+
+
+def answers(result):
+    "As `comparisons`, of shares of right answers; McNemar's p of each seed."
     found = {}
-    budgets = sorted({r["tokens"] for r in result["train"]})
-    for tokens in budgets[:-1]: # beyond the last run there is no line
-        line = {}
-        for arm in LONG:
-            at, runs = tokens * speed[arm] / speed["rwkv"], {}
-            for low, high in zip(budgets, budgets[1:]):
-                if not low <= at <= high: continue
-                share = math.log(at / low) / math.log(high / low)
-                a, b = (by_seed(result, arm, t) for t in (low, high))
-                runs = {s: a[s] + share * (b[s] - a[s]) for s in {*a} & {*b}}
-                break
-            line[arm] = dict(tokens=round(at), loss=runs)
-        for cell in line.values():
-            cell["against rwkv"] = difference(cell["loss"],
-                                              line["rwkv"]["loss"])
-        found[str(tokens)] = line
+    for size in ("2.5", "10"):
+        right = {arm: {g["seed"]: g["right"] for g in result["grade"]
+                       if (g["arm"], g["size"]) == (arm, size)}
+                 for arm in ARMS}
+        share = {arm: {s: v.count("1") / len(v) for s, v in some.items()}
+                 for arm, some in right.items()}
+        found[size] = with_holm({
+            f"{a}, against {b}": difference(share[a], share[b])
+            for a, b in dict.fromkeys(pairs(size))})
+        for name, t in found[size].items():
+            a, b = (right[arm] for arm in name.split(", against "))
+            t["problems"] = [mcnemar(*([x == "1" for x in way[s]]
+                                       for way in (a, b)))
+                             for s in sorted({*a} & {*b})]
     return found
 
 
@@ -404,125 +532,159 @@ def mean_text(values):
     return f"{mean(values):.3f} [{low:.3f}, {high:.3f}]"
 
 
-def difference_text(t):
-    if t is None: return ""
-    return (f"{t['mean']:+.3f} [{t['low']:+.3f}, {t['high']:+.3f}], "
-            f"p {t['p']:.2g}, {t['runs']} runs")
-
-
 def table_lines(head, body):
     return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
             *("| " + " | ".join(map(str, row)) + " |" for row in body), ""]
 
 
-def budget_lines(result, tokens):
-    "Losses and tests of one budget."
-    tests, body = result["comparisons"][str(tokens)], []
-    for arm in ARMS:
-        some = [r for r in result["train"]
-                if r["arm"] == arm and r["tokens"] == tokens]
-        if not some: continue
-        cells = []
-        for other in dict.fromkeys([against(arm), "transformer"]):
-            t = tests.get(f"{arm}, against {other}")
-            if t: cells.append(f"{difference_text(t)}, Holm {t['holm']:.2g}, "
-                               f"against {other}")
-        right = [g["right"] for g in result["grade"]
-                 if g["arm"] == arm and g["tokens"] == tokens]
-        answers = "; ".join(
-            "{:.0%} [{:.0%}, {:.0%}]".format(v.count("1") / len(v), *wilson(
-                v.count("1"), len(v))) for v in right)
-        body.append([arm, f"{some[0]['parameters']:,}",
-                     some[0]["feed_forward"], some[0]["rate"], len(some),
-                     *(mean_text([r["test"][k] for r in some])
-                       for k in ("all", "solution")), "; ".join(cells),
-                     answers])
-    return [f"## {tokens:,} tokens", "", *table_lines(
-        ["arm", "parameters", "feed-forward", "rate", "runs", "loss, all",
-         "loss, solution", "difference in solution loss",
-         "*familiar* right, each seed"], body)]
-
-
-def rate_lines(result):
-    rates = sorted({r["rate"] for r in result["rates"]})
+def arm_lines(result, size):
     body = []
     for arm in ARMS:
-        row = {r["rate"]: r["validation"]["solution"] for r in result["rates"]
-               if r["arm"] == arm}
+        some = [r for r in result["train"]
+                if r["arm"] == arm and r["size"] == size]
+        if some: body.append([
+            arm, f"{some[0]['parameters']:,}", some[0]["feed_forward"],
+            f"{some[0]['rate']:g}", f"{some[0]['tokens']:,}", len(some),
+            *(mean_text([r["test"][k] for r in some])
+              for k in ("all", "solution"))])
+    return table_lines(["arm", "parameters", "feed-forward", "rate", "tokens",
+                        "runs", "loss, all", "loss, solution"], body)
+
+
+def test_lines(tests, more={}): # more: {heading: difference -> text}
+    return table_lines(
+        ["difference", "mean", "p over runs", "Holm", "runs", *more],
+        [[name, f"{t['mean']:+.3f} [{t['low']:+.3f}, {t['high']:+.3f}]",
+          f"{t['p']:.2g}", f"{t['holm']:.2g}", t["runs"],
+          *(text(t) for text in more.values())] for name, t in tests.items()])
+
+
+def budget_lines(result, size):
+    title = ("In the time that RWKV-7 takes for its smallest budget"
+             if size == TIME else f"{size} million tokens")
+    return [f"## {title}", "", *arm_lines(result, size),
+            *test_lines(result["comparisons"][size])]
+
+
+def rate_lines(records, arms):
+    tried = sorted({r["rate"] for r in records})
+    body = []
+    for arm in arms:
+        row = {r["rate"]: r["loss"] for r in records if r["arm"] == arm}
         if row: body.append([arm, *(f"{row[r]:.3f}" if r in row else ""
-                                    for r in rates), min(row, key=row.get)])
-    return ["## Rates", "", *table_lines(
-        ["arm", *(f"{r:g}" for r in rates), "taken"], body)]
+                                    for r in tried),
+                             f"{min(row, key=row.get):g}"])
+    return table_lines(["arm", *(f"{r:g}" for r in tried), "taken"], body)
+
+
+def answer_lines(result):
+    lines = []
+    for size, tests in result["answers"].items():
+        body = [[g["arm"], g["seed"], "{:.1%} [{:.1%}, {:.1%}]".format(
+            k / n, *wilson(k, n))] for g in result["grade"]
+            if g["size"] == size
+            for k, n in [(g["right"].count("1"), len(g["right"]))]]
+        lines += [f"## Right answers, {size} million tokens", "",
+                  *table_lines(["arm", "seed", "familiar"], body),
+                  *test_lines(tests, {"p over problems, seed by seed": lambda t:
+                              ", ".join(f"{p:.2g}" for p in t["problems"])})]
+    return lines
 
 
 def recall_lines(result):
     body = []
     for arm in RECALL:
         runs = [r for r in result["recall"] if r["arm"] == arm]
-        if runs: body.append([arm, len(runs), *("; ".join(
-            f"{r['recalled'][str(n)][0] / r['recalled'][str(n)][1]:.0%}"
-            for r in runs) for n in PAIRS)])
-    return ["## Recall, each seed", "",
-            *table_lines(["arm", "runs", *(f"{n} pairs" for n in PAIRS)], body)]
-
-
-def time_lines(result):
-    speed = result["time"].get("tokens_a_second", {})
-    lines = ["## Time", "", *table_lines(["arm", "tokens/s"], [
-        [arm, f"{v:,.0f}"] for arm, v in speed.items()])]
-    body = [[f"{int(tokens):,}", arm, f"{cell['tokens']:,}",
-             mean_text([*cell["loss"].values()]),
-             difference_text(cell["against rwkv"]) if arm != "rwkv" else ""]
-            for tokens, row in result["equal_time"].items()
-            for arm, cell in row.items()]
-    return lines + table_lines(["as long as RWKV-7 for", "arm",
-                                "reads tokens", "solution loss",
-                                "difference to RWKV-7"], body)
+        if runs: body.append([
+            arm, f"{runs[0]['parameters']:,}", f"{runs[0]['rate']:g}",
+            len(runs), *("; ".join("{:.0%}".format(
+                r["recalled"][str(n)][0] / r["recalled"][str(n)][1])
+                for r in runs) for n in PAIRS)])
+    return table_lines(["arm", "parameters", "rate", "runs",
+                        *(f"{n} pairs" for n in PAIRS)], body)
 
 
 def to_markdown(result):
-    budgets = sorted({r["tokens"] for r in result["train"]})
+    speed = result["time"].get("tokens_a_second", {})
     return "\n".join([
         "# Which part gives the head start?", "",
         "Arms of nbs/13_comparison at equal parameters. Losses in nats a token "
-        "on 500 problems of the test split (rates: validation), means over "
-        "runs with 95 % t intervals; differences are paired by seed, p by the "
-        "paired t test, Holm's over all tests of a budget. Below zero: the "
-        "arm learns more. Answers: greedy, Wilson's interval over problems. "
-        "Recall: share of right values on new rows. "
-        f"Commands: {'; '.join(result['commands'])}. "
-        f"{result['time'].get('machine', machine())}.", "",
-        *rate_lines(result),
-        *(line for t in budgets for line in budget_lines(result, t)),
-        *time_lines(result), *recall_lines(result)])
+        f"on {result['problems']['test']} problems of the test split, means "
+        "over runs with 95 % t intervals; differences are paired by seed, p by "
+        "the paired t test, Holm's over all tests of a table. Below zero: the "
+        "first arm learns more. Answers: greedy, Wilson's interval over "
+        "problems; beside the test over runs, exact McNemar of each seed. "
+        "What is said of a mechanism follows the weaker one.", "",
+        *(line for size in SEEDS for line in budget_lines(result, size)),
+        *answer_lines(result),
+        "## Recall: share of right values, each seed", "",
+        *recall_lines(result),
+        "## Time", "", *table_lines(["arm", "tokens a core-second"], [
+            [arm, f"{v:,.0f}"] for arm, v in speed.items()]),
+        "## Rates: validation loss on solution tokens", "",
+        *rate_lines(result["rates"], ARMS),
+        "## Rates of recall: loss on rows of their own", "",
+        *rate_lines(result["recall_rates"], RECALL),
+        f"{result['minutes']} core-minutes on {'; '.join(result['machines'])}. "
+        + "; ".join(f"`{c}`" for c in result["commands"]) + ".", ""])
 
 
-def make_table(args, tokenizer):
-    result = {stage: gathered(args.folder, stage)
-              for stage in ("rates", "train", "grade", "recall")}
-    times = gathered(args.folder, "time")
-    result |= dict(time=times[0] if times else {}, shrink=args.shrink,
-                   commands=[f"python benchmarks/mechanisms.py {stage}"
-                             for stage in STAGES])
-    result["comparisons"] = comparisons(result)
-    result["equal_time"] = equal_time(result)
+def check_rates(args, result):
+    "`SystemExit`: a run was trained at a rate that is not the best any more."
+    for stage, source in ("train", "rates"), ("recall", "recall_rates"):
+        for arm in {r["arm"] for r in result[stage]}:
+            best = best_rate(args, arm, source)
+            for r in result[stage]:
+                if r["arm"] == arm and r["rate"] != best: raise SystemExit(
+                    f"{arm!r}, seed {r['seed']} of {stage!r} ran at "
+                    f"{r['rate']:g}, and the best rate is {best:g}: delete "
+                    "that run's file and repeat it")
+
+
+def table(args):
+    stages = ("rates", "train", "grade", "recall_rates", "recall")
+    result = {stage: gathered(args, stage) for stage in stages}
+    if not result["train"]: raise SystemExit(
+        f"{args.folder} holds no results: `train` first")
+    check_rates(args, result)
+    result["time"] = finished(args, "time", "time") or {}
+    records = [r for s in stages for r in result[s]] + [
+        r for r in [result["time"]] if r]
+    result |= dict(settings(args, "grade"), shrink=args.shrink,
+                   minutes=round(sum(r.pop("minutes") for r in records)),
+                   commands=sorted({r.pop("command") for r in records}),
+                   machines=sorted({r.pop("machine") for r in records}))
+    for r in records: del r["settings"] # the same in all
+    result |= dict(comparisons=comparisons(result), answers=answers(result))
     result = json.loads(json.dumps(result))
     write_whole(args.out / "mechanisms.json", [json.dumps(result), "\n"])
     write_whole(args.out / "mechanisms.md", [to_markdown(result)])
 
 
-STAGES = dict(rates=find_rates, train=train_all, grade=grade_all,
-              recall=recall_all, time=time_all, table=make_table)
+STAGES = dict(time=time, rates=rates, train=train, grade=grade, recall=recall,
+              table=table)
 
 
-def main():
+def chosen(names): # of --only
+    "Arms that begin so. `ValueError` for a name that is none's beginning."
+    def fits(arm, name):
+        return arm == name[1:] if name[:1] == "=" else arm.startswith(name)
+    for name in names:
+        if not any(fits(arm, name) for arm in ARMS): raise ValueError(
+            f"no arm begins with {name!r}; there are {', '.join(ARMS)}")
+    return [arm for arm in ARMS if any(fits(arm, name) for name in names)]
+
+
+def arguments(words):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--only", nargs="+", default=[""],
                         help="arms that begin so; = before a name: this one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[*range(5)])
-    parser.add_argument("--tokens", nargs="+", choices=STEPS, default=[*STEPS],
-                        help="millions, for train and grade")
+    parser.add_argument("--tokens", nargs="+", choices=SEEDS, default=[*SEEDS],
+                        help="millions, or `time`, for train and grade")
+    parser.add_argument("--plan", action="store_true",
+                        help="say what would run, and end")
     parser.add_argument("--n", type=int, default=300, help="test problems")
     parser.add_argument("--rounds", type=int, default=9, help="of `time`")
     parser.add_argument("--shrink", type=int, default=1,
@@ -530,17 +692,32 @@ def main():
     parser.add_argument("--folder", type=Path,
                         default=Path("_build/mechanisms"))
     parser.add_argument("--out", type=Path, default=HERE)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
+    try: args.arms = chosen(args.only)
+    except ValueError as error: parser.error(str(error))
+    args.steps, args.problems = ({k: max(least, v // args.shrink)
+                                  for k, v in sizes.items()}
+                                 for sizes, least in ((STEPS, 2),
+                                                      (PROBLEMS, 30)))
+    args.recall_steps = max(2, RECALL_STEPS // args.shrink)
+    args.command = " ".join(["python benchmarks/mechanisms.py", *words])
+    return args
+
+
+def main(words):
+    args = arguments(words)
+    torch.set_num_threads(1)
     # beyond the limit a model would silently run uncompiled
     torch._dynamo.config.recompile_limit = 64
-    args.steps = {k: max(2, v // args.shrink) for k, v in STEPS.items()}
-    args.arms = [arm for arm in ARMS if any(
-        arm == o[1:] if o[:1] == "=" else arm.startswith(o)
-        for o in args.only)]
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    STAGES[args.stage](args, load_tokenizer(find_base("student")[0]))
+    student = Path(find_base("student")[0])
+    args.tokenizer = load_tokenizer(student)
+    args.text_hash = file_hash(student / "tokenizer.json")[:16]
+    try: STAGES[args.stage](args)
+    except Stopped as stopped:
+        raise SystemExit(f"{stopped}; the same command goes on") from None
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": main(sys.argv[1:])

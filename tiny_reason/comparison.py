@@ -236,18 +236,21 @@ def parameters(model)->int: # that are trained
 # %% ../nbs/13_comparison.ipynb #c13a0032
 def build(arm:str, # one of ARMS
           feed_forward:int, # width
+          width:int=192, # a multiple of 64
+          layers:int=4,
           vocab_size:int=1152, **ids): # of the tokenizer: eos_token_id, ...
-    "An arm with random weights: four layers of 192, heads of 64."
-    shape = dict(vocab_size=vocab_size, hidden_size=192, num_hidden_layers=4,
-                 intermediate_size=feed_forward, **ids)
+    "An arm with random weights and heads of 64."
+    shape = dict(vocab_size=vocab_size, hidden_size=width,
+                 num_hidden_layers=layers, intermediate_size=feed_forward,
+                 **ids)
     if arm not in LADDER:
         part = arm.removeprefix("rwkv").removeprefix(" - ")
         return rwkv_without(part, rwkv.RWKV7Config(
             **shape, tie_word_embeddings=part == "head"))
-    on = LADDER[arm]
+    on, heads = LADDER[arm], width // 64
     return Decoder(Qwen2Config(
-        **shape, num_attention_heads=3, rope_theta=10_000.0,
-        num_key_value_heads=3 if on.all_keys else 1,
+        **shape, num_attention_heads=heads, rope_theta=10_000.0,
+        num_key_value_heads=heads if on.all_keys else 1,
         max_position_embeddings=16_384, tie_word_embeddings=not on.own_head),
         on)
 
