@@ -167,18 +167,13 @@ def once(args, stage, name, work):
     return read(args, args.folder / stage / f"{name}.json")
 
 
-def announce(args, stage, jobs):
-    "Say what is to be done of jobs, (name, core-seconds) each."
-    todo = [(n, s) for n, s in jobs if not finished(args, stage, n)]
-    print(f"{stage}: {len(todo)} of {len(jobs)} runs to do, about "
-          f"{sum(s for _, s in todo) / 60:.0f} core-minutes:",
-          ", ".join(n for n, _ in todo) or "none", flush=True)
-
-
 def in_turn(args, stage, jobs): # (arm, name, core-seconds, () -> dict) each
-    announce(args, stage, [job[1:3] for job in jobs])
+    todo = [job for job in jobs if not finished(args, stage, job[1])]
+    print(f"{stage}: {len(todo)} of {len(jobs)} runs to do, about "
+          f"{sum(job[2] for job in todo) / 60:.0f} core-minutes:",
+          ", ".join(job[1] for job in todo) or "none", flush=True)
     last = None
-    for arm, name, _, work in [] if args.plan else jobs:
+    for arm, name, _, work in [] if args.plan else todo:
         if arm != last: torch._dynamo.reset() # each arm is another graph
         last = arm
         once(args, stage, name, work)
@@ -231,28 +226,45 @@ def run(args, arm, seed, steps, rate, name, test=True, keep=False):
     return found
 
 
+def next_rates(tried): # {rate: loss}
+    "What to try next; nothing if those beside the best are both worse."
+    if not {*RATES} <= {*tried}: return {*RATES} - {*tried}
+    best = min(tried, key=tried.get)
+    return {best / 2, best * 2} - {*tried}
+
+
 def sweep(ask): # rate -> loss
     "{rate: loss}, until those beside the best are both worse."
-    tried, todo = {}, {*RATES}
-    while todo:
-        tried |= {rate: ask(rate) for rate in sorted(todo)}
-        best = min(tried, key=tried.get)
-        todo = {best / 2, best * 2} - {*tried}
+    tried = {}
+    while rates := next_rates(tried):
+        tried |= {rate: ask(rate) for rate in sorted(rates)}
     return tried
 
 
+def tried_rates(args, arm, stage): # {rate: loss}
+    return {r["rate"]: r["loss"] for r in gathered(args, stage)
+            if r["arm"] == arm}
+
+
 def best_rate(args, arm, stage="rates"):
-    tried = {r["rate"]: r["loss"] for r in gathered(args, stage)
-             if r["arm"] == arm}
-    best = min(tried, key=tried.get, default=None)
-    if not tried or not {best / 2, best * 2} <= {*tried}:
+    tried = tried_rates(args, arm, stage)
+    if next_rates(tried):
         raise SystemExit(f"the rate of {arm!r} is not found yet: "
                          f"`{stage.partition('_')[0]}` first")
-    return best
+    return min(tried, key=tried.get)
 
 
-def find_rates(args, stage, arms, attempt): # (arm, rate) -> record
-    for arm in arms:
+def find_rates(args, stage, seconds, # {arm: core-seconds of a run}
+               attempt): # (arm, rate) -> record, with its loss
+    left = {}
+    for arm in seconds:
+        tried = tried_rates(args, arm, stage)
+        left[arm] = len(next_rates(tried)) + (not {*RATES} <= {*tried})
+    print(f"{stage}: {sum(left.values())} runs to do, more for an arm whose "
+          "best is at the edge, about "
+          f"{sum(n * seconds[arm] for arm, n in left.items()) / 60:.0f} "
+          "core-minutes", flush=True)
+    for arm in {} if args.plan else seconds:
         torch._dynamo.reset()
 
         def ask(rate):
@@ -269,17 +281,14 @@ def find_rates(args, stage, arms, attempt): # (arm, rate) -> record
 
 def rates(args):
     steps = args.steps["0.6"]
-    announce(args, "rates", [
-        (slug(arm, rate), steps * cost(arm)[0] + cost(arm)[1]
-         + (rate == RATES[0]) * cost(arm)[4])
-        for arm in args.arms for rate in (*RATES, 2 * RATES[1])])
-    if args.plan: return print("and more for an arm whose best is at the edge")
 
     def attempt(arm, rate):
         found = run(args, arm, RATE_SEED, steps, rate,
                     f"rate_{slug(arm, rate)}", test=False)
         return dict(found, loss=found["validation"]["solution"])
-    find_rates(args, "rates", args.arms, attempt)
+    find_rates(args, "rates", { # three of an arm share its compiling
+        arm: steps * cost(arm)[0] + cost(arm)[1] + cost(arm)[4] / 3
+        for arm in args.arms}, attempt)
 
 
 def most_missed(args):
@@ -417,19 +426,16 @@ def learn_recall(args, arm, seed, rate, rows_seed):
 
 
 def recall(args):
-    arms = [arm for arm in RECALL if arm in args.arms]
-    seconds = {arm: args.recall_steps * cost(arm)[2] + 3 for arm in arms}
-    announce(args, "recall_rates", [
-        (slug(arm, rate), seconds[arm]) for arm in arms
-        for rate in (*RATES, 2 * RATES[1])])
-    if not args.plan: find_rates(
-        args, "recall_rates", arms, lambda arm, rate: learn_recall(
-            args, arm, RATE_SEED, rate, 10**6))
+    seconds = {arm: args.recall_steps * cost(arm)[2] + 3
+               for arm in RECALL if arm in args.arms}
+    find_rates(args, "recall_rates", seconds, lambda arm, rate: learn_recall(
+        args, arm, RATE_SEED, rate, 10**6))
     in_turn(args, "recall", [
         (arm, slug(arm, seed), seconds[arm], lambda arm=arm, seed=seed:
          learn_recall(args, arm, seed, best_rate(args, arm, "recall_rates"),
                       10**6 + 1))
-        for arm in arms for seed in range(RECALL_SEEDS) if seed in args.seeds])
+        for arm in seconds for seed in range(RECALL_SEEDS)
+        if seed in args.seeds])
 
 
 def time(args):
