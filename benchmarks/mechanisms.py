@@ -44,9 +44,9 @@ refuses files that were made with other settings.
 * grade: runs of 2.5 million tokens and more; familiar test problems.
 * recall: key, value, key, value, ..., then keys again, by arms of two layers
   with one head of 64. Two memories of 64 by 64 hold 128 keys at right angles;
-  up to 160 pairs are asked for. Trained from scratch on random pairs, small
-  numbers of them first; three seeds, each arm at a rate of its own, swept like
-  the others.
+  up to 160 pairs are asked for, and the arms are tested there. Trained from
+  scratch on random pairs, small numbers of them first; three seeds, each arm at
+  a rate of its own, swept like the others.
 * time: core-seconds of training steps, in turn.
 
 A step is the same for all arms: 4,096 tokens, one thread, bf16 products,
@@ -530,6 +530,17 @@ def answers(result):
     return found
 
 
+def recall_tests(result):
+    "RWKV-7 against the others, shares at the most pairs, over runs."
+    def share(arm): return {
+        r["seed"]: r["recalled"][n][0] / r["recalled"][n][1]
+        for r in result["recall"] if r["arm"] == arm}
+    n = str(PAIRS[-1])
+    return with_holm({f"{arm}, against rwkv": difference(share(arm),
+                                                         share("rwkv"))
+                      for arm in RECALL if arm != "rwkv"})
+
+
 def mean_text(values):
     if not values: return ""
     if len(values) < 2: return f"{values[0]:.3f}"
@@ -539,6 +550,7 @@ def mean_text(values):
 
 
 def table_lines(head, body):
+    if not body: return []
     return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
             *("| " + " | ".join(map(str, row)) + " |" for row in body), ""]
 
@@ -624,7 +636,7 @@ def to_markdown(result):
         *(line for size in SEEDS for line in budget_lines(result, size)),
         *answer_lines(result),
         "## Recall: share of right values, each seed", "",
-        *recall_lines(result),
+        *recall_lines(result), *test_lines(result["recall_tests"]),
         "## Time", "", *table_lines(["arm", "tokens a core-second"], [
             [arm, f"{v:,.0f}"] for arm, v in speed.items()]),
         "## Rates: validation loss on solution tokens", "",
@@ -661,7 +673,8 @@ def table(args):
                    commands=sorted({r.pop("command") for r in records}),
                    machines=sorted({r.pop("machine") for r in records}))
     for r in records: del r["settings"] # the same in all
-    result |= dict(comparisons=comparisons(result), answers=answers(result))
+    result |= dict(comparisons=comparisons(result), answers=answers(result),
+                   recall_tests=recall_tests(result))
     result = json.loads(json.dumps(result))
     write_whole(args.out / "mechanisms.json", [json.dumps(result), "\n"])
     write_whole(args.out / "mechanisms.md", [to_markdown(result)])

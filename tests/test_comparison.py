@@ -202,7 +202,11 @@ def test_the_unit_of_a_test_is_the_run(script):
         arm=arm, seed=seed, size="2.5", right="1" * right + "0" * (300 - right))
     def train(arm, seed, loss): return dict(
         arm=arm, seed=seed, size="2.5", test=dict(all=loss, solution=loss))
+    def recall(arm, seed, right): return dict(
+        arm=arm, seed=seed, recalled={str(script.PAIRS[-1]): [right, 2000]})
     result = dict(
+        recall=[recall(arm, seed, 10 * seed + right) for seed in range(3)
+                for arm, right in dict(rwkv=500, transformer=900).items()],
         grade=[grade("rwkv", 0, 280), grade("rwkv", 1, 180),
                grade("transformer", 0, 100), grade("transformer", 1, 100)],
         train=[train(arm, seed, loss) for arm, losses in dict(
@@ -217,7 +221,9 @@ def test_the_unit_of_a_test_is_the_run(script):
     assert losses["p"] == pytest.approx(theirs.pvalue)
     assert [losses["low"], losses["high"]] == pytest.approx(
         [*theirs.confidence_interval(0.95)])
-    assert "transformer, against" not in str([*script.comparisons(result)])
+    [(name, found)] = script.recall_tests(result).items()
+    assert name == "transformer, against rwkv" and found["runs"] == 3
+    assert found["mean"] == pytest.approx(0.2)
 
 
 def test_the_table_refuses_to_mix(script, ask, tmp_path):
