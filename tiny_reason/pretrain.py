@@ -115,6 +115,7 @@ def number(rng:random.Random)->str:
     a, b = rng.randint(1, 200), rng.randint(1, 200)
     return str(a) if rng.random() < 0.3 else f"{a}{rng.choice('+-*/')}{b}"
 
+# %% ../nbs/11_pretrain.ipynb #d24ff167
 def symbol(rng:random.Random, digits:bool=True)->str:
     "A made-up word or a number, with or without signs around it."
     word = number(rng) if digits and rng.random() < 0.5 else made_up(rng)
@@ -125,6 +126,7 @@ def symbol(rng:random.Random, digits:bool=True)->str:
     text = shape.format(w=word, a=signs[0], b=signs[1])
     return symbol(rng, digits) if "think>" in text else text
 
+# %% ../nbs/11_pretrain.ipynb #d24ff168
 def symbols(rng:random.Random, digits:bool=True)->str:
     "Three lines of words, numbers and signs, and the same lines again."
     lines = "".join(" ".join(symbol(rng, digits)
