@@ -8,11 +8,12 @@ THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 
 # torch's profiler, which counts bytes for us, is chatty.
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: help install run test colab many lab demo distill notebooks student clean
+.PHONY: help install run test exercises colab many lab demo distill notebooks student clean
 
 help:
 	@echo "make run        the tour, on the bundled student: a table and a page"
 	@echo "make test       notebooks clean and in sync, every notebook, tests/"
+	@echo "make exercises  stubs fail, solutions pass, wrong solutions fail"
 	@echo "make colab      every notebook with Colab's packages, as Colab opens it"
 	@echo "make many       tests with four processes and two nodes (half an hour)"
 	@echo "make lab        JupyterLab on the notebooks"
@@ -37,9 +38,12 @@ run: install
 test: install
 	$(BIN)/python -m pytest -q tests/test_sync.py
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/nbdev_test --path . --n_workers 2 --timing
-	@echo "$$(ls index.ipynb nbs/*.ipynb nbs/*/*.ipynb | wc -l) notebooks ran from top to bottom"
+	@echo "$$(ls index.ipynb nbs/*.ipynb nbs/lib/*.ipynb nbs/app/*.ipynb | wc -l) notebooks ran from top to bottom"
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile \
 	  --no-loadscope-reorder tests
+
+exercises: install
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python tests/exercises.py
 
 # NB="nbs/04_demo.ipynb index.ipynb" runs these alone.
 colab:
@@ -67,7 +71,7 @@ distill: install
 	$(BIN)/tiny_reason evaluate --config $(DISTILL)/student/config.yaml
 
 notebooks: install
-	$(BIN)/python run_index.py $(filter-out nbs/app/page.ipynb,$(wildcard nbs/*.ipynb nbs/*/*.ipynb)) index.ipynb
+	$(BIN)/python run_index.py $(filter-out nbs/app/page.ipynb,$(wildcard nbs/*.ipynb nbs/lib/*.ipynb nbs/app/*.ipynb)) index.ipynb
 	$(BIN)/nbdev_clean --fname .
 	$(BIN)/nbdev_export
 

@@ -10,7 +10,9 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = [*sorted((ROOT / "nbs").glob("*.ipynb")), ROOT / "index.ipynb"]
+NOTEBOOKS = [*sorted((ROOT / "nbs").glob("*.ipynb")),
+             *sorted((ROOT / "nbs" / "exercises").rglob("*.ipynb")),
+             ROOT / "index.ipynb"]
 
 
 def code(notebook):
@@ -20,7 +22,7 @@ def code(notebook):
             if cell["cell_type"] == "code"]
 
 
-def named(notebook): return notebook.name
+def named(notebook): return notebook.relative_to(ROOT).as_posix()
 
 
 def test_every_notebook_begins_with_the_same_installation():
