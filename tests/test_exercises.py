@@ -1,5 +1,6 @@
-"An exercise that proves nothing is found out."
+"An exercise that proves nothing is found out, and those we have are proven."
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "nbs" / "exercises"
 PROVE = runpy.run_path(str(ROOT / "tests" / "exercises.py"))["prove"]
 
 SETUP = "import math"
@@ -77,3 +79,36 @@ def test_a_notebook_without_its_pair_is_a_fault(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "tests" / "exercises.py",
                            tmp_path], capture_output=True, text=True)
     assert done.returncode == 1 and "2 faults in 0 exercises" in done.stdout
+
+
+def test_every_exercise_is_proven():
+    done = subprocess.run([sys.executable, ROOT / "tests" / "exercises.py"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = re.fullmatch(r"(\d+) exercises: \1 stubs fail, \1 solutions pass, "
+                        r"(\d+) wrong solutions fail",
+                        done.stdout.splitlines()[-1])
+    assert int(said[1]) >= 44 and int(said[2]) >= 2 * int(said[1])
+
+
+def headings(path):
+    "The exercises' titles of a notebook, each with its kind."
+    cells = json.loads(path.read_text())["cells"]
+    text = "\n\n".join("".join(c["source"]) for c in cells
+                       if c["cell_type"] == "markdown")
+    return re.findall(r"^## (\d+\. .+ \((?:calculate|change|break|extend)\))$",
+                      text, re.M)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")),
+                         ids=lambda p: p.stem)
+def test_a_lesson_ends_in_its_exercises(path):
+    "Three or more, under the same titles here, there and in the solutions."
+    titles = headings(path)
+    assert len(titles) >= 3
+    assert headings(path.parent / "solutions" / path.name) == titles
+    lesson = json.loads((ROOT / "nbs" / path.name).read_text())["cells"]
+    last, = ("".join(c["source"]) for c in lesson[-3:]
+             if "".join(c["source"]).startswith("## Exercises\n"))
+    assert re.findall(r"^\d+\. .+$", last, re.M) == titles
+    assert last.count(f"exercises/{path.name})") == 2 # here and in Colab
