@@ -287,7 +287,8 @@ def test_a_teacher_out_of_reach_ends_the_run(tmp_path, server, act, hint,
     assert len(server.seen) <= most and len(lines_of(out)) == 5
     server.act, server.seen = good, []
     assert ask(server, out, ask_for(*questions))["written"] == 55
-    assert sorted(server.seen, key=int) == questions[5:]
+    assert sorted({*server.seen}, key=int) == questions[5:]
+    assert len(server.seen) <= 57 # two of before may arrive after it ended
     assert len(lines_of(out)) == 60
 
 
