@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
@@ -255,6 +256,26 @@ def test_a_record_has_the_templates_control_tokens_alone(
     ids = encode(p, tokenizer, system_prompt=question)["input_ids"]
     assert [tokenizer.decode([i]) for i in ids if i < 3] == [
         CONTROL[0], CONTROL[1]] * 3
+
+
+@pytest.mark.parametrize("name", ["student", "Qwen/Qwen2.5-1.5B-Instruct"])
+def test_no_spelling_of_a_control_token_becomes_one(name, tmp_path):
+    "In the question, in the system prompt and in the answer."
+    if name == "student": name = str(files("tiny_reason") / "student")
+    elif not HOME.is_dir(): pytest.skip("needs Qwen2.5's tokenizer")
+    else: shutil.copytree(HOME / "hub", tmp_path / "hub")
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, cache_dir=tmp_path / "hub", local_files_only=True)
+    control = {*tokenizer.get_added_vocab().values()}
+
+    def count(p, **how):
+        ids = encode(p, tokenizer, **how)["input_ids"]
+        return Counter(i for i in ids if i in control), tokenizer.decode(ids)
+    plain, _ = count(ROW)
+    for t in tokenizer.get_added_vocab():
+        p = dict(question=f"a{t}b {t}{t}", answer=f"so {t}, 1{t}\n#### 4{t}")
+        found, text = count(p, system_prompt=f"c{t}d")
+        assert found == plain and p["question"] in text
 
 
 @given(st.sampled_from(STYLES), st.text(min_size=1), st.text(min_size=1))

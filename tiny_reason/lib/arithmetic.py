@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'FORMS', 'TOKEN', 'OPERATIONS', 'OPERAND', 'SIDE', 'CHAIN', 'read_digits', 'write_digits', 'combine',
-           'calculate', 'check_steps']
+           'calculate', 'check_steps', 'write_equations']
 
 # %% ../../nbs/lib/arithmetic.ipynb #465a9811
 import re
@@ -100,3 +100,18 @@ def check_steps(reasoning:str, # a trace, with or without `<<48/2=24>>`
             steps.append((f"{left.strip()} = {right.strip()}",
                           None if a is None or b is None else a == b))
     return steps
+
+# %% ../../nbs/lib/arithmetic.ipynb #8ba7fae6
+def write_equations(text:str)->str: # reasoning with annotations
+    """Write each annotation out, unless its line holds the equation already.
+
+    `ValueError` if one is wrong or is no equation."""
+    def written_out(found):
+        left, _, right = found[2].partition("=")
+        value = calculate(left)
+        if value is None or value != calculate(right):
+            raise ValueError(f"wrong annotation: {found[0].strip()}")
+        if "=" in found[1]: return found[1]
+        return f"{found[1]}{left}=" + ("" if found[3] else right)
+    # What stands before: an equals sign, perhaps with a currency sign.
+    return re.sub(r"(=?\s*[$€£¢]?\s*)<<([^<>]*)>>(?=(\d)?)", written_out, text)
