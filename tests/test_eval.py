@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from tiny_reason import eval as ev
-from tiny_reason.lib import decode, fast, journal, show
+from tiny_reason.lib import costs, decode, fast, journal, show
 from tiny_reason.data import build_prompt, load_problems
 from tiny_reason.lib.prompts import encode_text
 from tiny_reason.lib.folders import find_base, load_tokenizer
@@ -472,7 +472,7 @@ def test_fresh_documents_hold_no_control_tokens(student):
     ("\n122", False), ("1220", False), ("122 apples\n", False),
     ("-122\n", False)])
 def test_a_sum_is_read_to_the_end_of_its_line(said, right, monkeypatch):
-    monkeypatch.setattr(ev, "completions", lambda *_: [
+    monkeypatch.setattr(costs, "completions", lambda *_: [
         decode.Completion(said, 8, False, 0.0)])
     record, = ev.elsewhere(None, None, {}, [dict(question="37+85=",
                                                  answer="122")])
