@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tiny_reason import train as lesson
 from tiny_reason.data import prepare
+from tiny_reason.lib import trainer as shipped
 from tiny_reason.lib.folders import find_base, load_tokenizer
 from tiny_reason.model import add_lora, compute_dtype, load_base
 
@@ -137,10 +138,10 @@ def measure(make, grouped, model, tokenizer, rows, steps=STEPS, warm=WARM):
 class patched_order:
     "Rows come in their order already: `make_trainer` is to keep it."
     def __enter__(self):
-        self.real = lesson.row_order
-        lesson.row_order = lambda lengths, *args: list(range(len(lengths)))
+        self.real = shipped.row_order
+        shipped.row_order = lambda lengths, *args: list(range(len(lengths)))
 
-    def __exit__(self, *error): lesson.row_order = self.real
+    def __exit__(self, *error): shipped.row_order = self.real
 
 
 def two_processes(folder):

@@ -545,11 +545,12 @@ def test_checkpointing_counts_what_torch_holds_idle(base, data, tmp_path,
                                 memory_allocated=allocated).items():
             monkeypatch.setattr(torch.cuda, name, lambda _, v=value: v)
 
-    monkeypatch.setattr(lesson, "run_budget", lambda trainer: dict(all=need))
+    def budget(trainer): return dict(all=need)
+
     card(free=1e8, reserved=need, allocated=there)
-    assert not lesson.checkpointing_if_needed(trainer, Cuda)
+    assert not lesson.checkpointing_if_needed(trainer, Cuda, budget)
     card(free=1e8, reserved=need, allocated=need) # another model's tensors
-    assert lesson.checkpointing_if_needed(trainer, Cuda)
+    assert lesson.checkpointing_if_needed(trainer, Cuda, budget)
 
 
 def test_peak_memory_is_of_the_run_and_its_device(monkeypatch):
