@@ -293,10 +293,10 @@ def page(result):
         "*Question* and *solution*: nats a token. *Words*: tokens of a line of "
         "made-up words that are copied when it comes again. *Behind <<*: the "
         f"first token of each part ({', '.join(PARTS)}) is the likeliest. "
-        "*Hardest*: the attention that one head (layer.head) gives to the token "
-        "to be copied. *Three silenced*: mean probability of that token before "
-        "and without the three heads that look hardest (in brackets: without "
-        "three others, twelve draws), and loss on solutions. One seed."]
+        "*Hardest*: the attention that one head (layer.head) gives to the "
+        "token to be copied. *Three silenced*: mean probability of that token "
+        "before and without the three heads that look hardest (in brackets: "
+        "without three others, twelve draws), and loss on solutions. One seed."]
     for name in RUNS:
         r = result["runs"][name]
         parts += [f"## {name}, rate {r['plan']['learning_rate']:g}", as_table(
@@ -308,8 +308,9 @@ def page(result):
     parts += ["## Equal tokens: held-out loss", as_table(
         ["step", *RUNS], [[f"{s:,}", *(f"{held[name][s]:.3f}" for name in RUNS)]
                           for s in held["Muon"]])]
-    parts += [f"AdamW's rate: {rates['steps']} steps each ended at " + ", ".join(
-        f"{v:.3f} ({float(k):g})" for k, v in rates["held_out"].items()) + ".",
+    ends = [f"{v:.3f} ({float(k):g})" for k, v in rates["held_out"].items()]
+    parts += [f"AdamW's rate: {rates['steps']} steps each ended at "
+              f"{', '.join(ends)}.",
         f"{first['log'][-1]['seconds'] / 60:.0f} and "
         f"{second['log'][-1]['seconds'] / 60:.0f} minutes of training. "
         f"{machine()}. `python benchmarks/watched.py run`, then `python "
