@@ -340,8 +340,8 @@ def gathered(folder):
     if not places: raise ValueError(f"{folder} holds no results: run first")
     common = json.loads(places[0].read_text())
     check_same(folder, common)
-    runs = [json.loads(path.read_text()) for place in places
-            for path in place.parent.glob("*.json")
+    runs = [json.loads(path.read_text()) | given(path.with_suffix(".jsonl"))
+            for place in places for path in place.parent.glob("*.json")
             if path.stem in RUNGS]
     runs.sort(key=lambda r: (RUNGS.index(r["rung"]), r["seed"] or 0))
     made = dict(minutes=round(sum(r.pop("minutes") for r in runs)),
@@ -349,6 +349,16 @@ def gathered(folder):
                 machines=sorted({r.pop("machine") for r in runs}))
     return dict(**common, **made, seeds=sorted({
         r["seed"] for r in runs if r["seed"] is not None}), runs=runs)
+
+
+def given(path): # {} where a rung has no traces of its own
+    "Distinct traces of each group of problems, and how many are right."
+    if not path.exists(): return {}
+    traces = {(t["question"], t["answer"]): t for t in read_traces(path)
+              if t["answer"]}.values()
+    flags = {g: [is_correct(t["answer"], t["gold"]) for t in traces
+                 if t["group"] == g] for g in LEARNT}
+    return dict(given={g: (sum(x), len(x)) for g, x in flags.items()})
 
 
 def of_seeds(result, name): # {seed: run}; the same one for each if it has none
