@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'IN_A_ROW', 'BUSY', 'HINTS', 'Teacher', 'sampling', 'local_teacher', 'read_reply', 'ask_one', 'unread',
-           'hint', 'reason', 'ask_all', 'check_url', 'client_for', 'endpoint_teacher']
+           'hint', 'reason', 'ask_all', 'check_url', 'client_for', 'endpoint_teacher', 'served', 'url_of']
 
 # %% ../../nbs/lib/teachers.ipynb #af1e5bd3
-import json, os, zlib
+import json, os, socket, subprocess, sys, time, zlib
 from collections import Counter
+from contextlib import contextmanager
 from http import HTTPStatus
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, NamedTuple
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from .decode import completions
 from .disk import weights_hash
@@ -213,3 +216,31 @@ def endpoint_teacher(url:str, # of an OpenAI-compatible server, with /v1
                 "is kept: run again to go on") from None
     told = "" if system_prompt == SYSTEM_PROMPT else f", told {system_prompt!r}"
     return Teacher(f"{model} at {url}{told}", "think", ask)
+
+# %% ../../nbs/lib/teachers.ipynb #d1500005
+@contextmanager
+def served(folder:str|Path): # of a saved model and its tokenizer
+    """`transformers serve` on loopback within the block: its URL, with /v1.
+
+    None where its packages are missing or it ends before it answers."""
+    if not all(map(find_spec, ("fastapi", "uvicorn", "openai"))):
+        yield None
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "transformers.cli.transformers", "serve",
+         str(folder), "--host", "127.0.0.1", "--port", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try: yield url_of(server, port)
+    finally:
+        server.terminate()
+        server.wait()
+
+def url_of(server:subprocess.Popen, port:int)->str|None:
+    "The URL of a server once it answers; None once it has ended."
+    while server.poll() is None:
+        try: urlopen(f"http://127.0.0.1:{port}/health")
+        except OSError: time.sleep(0.2)
+        else: return f"http://127.0.0.1:{port}/v1"
