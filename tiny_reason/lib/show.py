@@ -171,25 +171,32 @@ def panel_title(line:dict)->str: # of the panel that a line belongs to
 
 def draw_panel(ax, lines:list[dict], models:list)->None:
     "Curves (predicted: dashed), or a row of points for each line."
+    unit = 1e6 if lines[0]["row"].startswith("bytes") else 1
     for j, m in enumerate(models):
         fmt, curves = PLOT_FORMATS[j % len(PLOT_FORMATS)], {}
         for i, line in enumerate(lines):
             f, y = line["models"][m], i + 0.6 * (j + 0.5) / len(models) - 0.3
             if f and line["at"]: curves.setdefault(line["row"], []).append(
-                (float(line["at"]), f["value"]))
+                (float(line["at"]), f["value"] / unit))
             elif f: # from low to high, with a marker at the value itself
                 x = ([100 * f[k] for k in ("low", "accuracy", "high")]
-                     if "n" in f else [f["value"]] * 3)
+                     if "n" in f else [f["value"] / unit] * 3)
                 ax.plot(x, [y] * 3, fmt + "-", markevery=[1], clip_on=False)
         for row, xy in curves.items():
             guess = row.endswith(", predicted")
             ax.plot(*zip(*xy), fmt[:2] + "--" if guess else fmt + "-", lw=1)
     if ats := sorted({float(x["at"]) for x in lines if x["at"]}):
-        ax.set(xscale="log", xlabel="context, tokens", ylim=(0, None))
+        ax.set(xscale="log", xlabel="context, tokens", ylim=(0, None),
+               ylabel="MB" if unit > 1 else "")
         ax.set_xticks(ats, [f"{at:.10g}" for at in ats], rotation=45)
         return ax.minorticks_off()
     shares = panel_title(lines[0]).startswith("right, %")
-    ax.set(xlim=(0, 100 if shares else None), ylim=(len(lines) - 0.5, -0.5))
+    ax.set(xlim=(0, 100 if shares else None), ylim=(len(lines) - 0.5, -0.5),
+           xlabel="MB" if unit > 1 else "")
+    seen = [f["value"] for x in lines for f in x["models"].values()
+            if f and "value" in f]
+    if seen and max(seen) > 30 * min(seen) > 0: # too far apart for a line
+        ax.set(xscale="log", xlim=(min(seen) / 2 / unit, max(seen) * 2 / unit))
     ax.set_yticks(range(len(lines)), [x["task"] * shares for x in lines])
 
 def plot_bench(lines:list[dict], models:list): # -> matplotlib's Figure
@@ -197,7 +204,8 @@ def plot_bench(lines:list[dict], models:list): # -> matplotlib's Figure
     from matplotlib.figure import Figure
     panels = {}
     for line in lines: panels.setdefault(panel_title(line), []).append(line)
-    high, wide = -(-len(panels) // 3), min(3, len(panels))
+    wide = min(len(panels), 4 if len(panels) % 3 == 1 else 3)
+    high = -(-len(panels) // wide)
     fig = Figure(figsize=(10, 0.5 + 2.7 * high), layout="constrained")
     axes = [*fig.subplots(high, wide, squeeze=False).flat]
     for ax in axes[len(panels):]: ax.set_axis_off()
@@ -207,6 +215,8 @@ def plot_bench(lines:list[dict], models:list): # -> matplotlib's Figure
         draw_panel(ax, part, models)
         ax.set_title(title, fontsize=9)
         ax.tick_params(labelsize=8)
-    fig.legend(*axes[0].get_legend_handles_labels(), frameon=False,
-               loc="outside lower center", ncols=min(4, len(models)))
+    key = axes[0].get_legend_handles_labels()
+    if len(axes) > len(panels): axes[-1].legend(*key, loc="center")
+    else: fig.legend(*key, frameon=False, loc="outside lower center",
+                     ncols=min(4, len(models)))
     return fig
