@@ -114,7 +114,7 @@ def step_bytes(config, # a transformers `PretrainedConfig`
     kept, inputs = config.num_hidden_layers * layer, tokens * config.hidden_size
     logits = loss_bytes(config, tokens, itemsize, logit_chunk)
     backward = work_bytes(config, tokens, itemsize, four_bit)
-    if not logit_chunk: # whoever holds the output holds the logits
+    if not logit_chunk: # the logits live as long as the output
         backward += tokens * config.vocab_size * itemsize
     if checkpointing: # 4 bytes a number: the input of the last norm
         kept = inputs * (config.num_hidden_layers * itemsize + 4)
