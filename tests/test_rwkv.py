@@ -16,13 +16,13 @@ from tiny_reason.demo import stream
 from tiny_reason.eval import evaluate
 from tiny_reason.lib.decode import generate_ids
 from tiny_reason.lib.layers import loaded_bytes
-from tiny_reason.memory import cache_bytes, peak_bytes
+from tiny_reason.memory import cache_bytes, peak_bytes, saved_bytes
 from tiny_reason.model import (add_lora, load_base, load_tuned, memory_budget,
                                merge)
-from tiny_reason.rwkv import (RWKV7Config, RWKV7ForCausalLM, bytes_to_train,
-                              chunked, from_reference, recurrent,
-                              reference_names)
-from tiny_reason.lib.state import Memory
+from tiny_reason.rwkv import (RWKV7Config, RWKV7ForCausalLM,
+                              activation_bytes, bytes_to_train, chunked,
+                              from_reference, recurrent, reference_names)
+from tiny_reason.lib.state import adapter_activations, Memory
 from tiny_reason.lib.trainer import RecipeTrainer
 from tiny_reason.train import save_run, sft_config, train
 
@@ -503,3 +503,29 @@ def test_only_an_rwkv_imports_rwkv(rwkv_folder):
     seen = subprocess.run([sys.executable, "-c", script, str(rwkv_folder)],
                           capture_output=True, text=True, check=True)
     assert seen.stdout.split() == ["False", "True"]
+
+
+def kept(model, rows): # bytes of the forward pass of rows of 128 tokens
+    ids = torch.zeros(rows, 128, dtype=torch.long)
+    return saved_bytes(model, lambda: model.get_decoder()(ids))
+
+
+def test_what_a_layer_keeps_is_counted_to_the_byte():
+    shapes = [RWKV7Config(64, 192, layers) for layers in (2, 3)]
+    two, three = (kept(RWKV7ForCausalLM(shape), 2) for shape in shapes)
+    once = 4 * 64 * 64 # who sees whom in a chunk: once a layer
+    assert three - two == 256 * activation_bytes(shapes[0]) + once
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_lora_keeps_of_a_layer_is_counted_to_the_byte(dtype):
+    def bytes_of(layers, rows):
+        frozen = RWKV7ForCausalLM(RWKV7Config(64, 192, layers)).to(dtype)
+        tuned, ids = add_lora(frozen, r=4), torch.zeros(rows, 128).long()
+        with torch.autocast("cpu", enabled=dtype.itemsize == 2):
+            return saved_bytes(tuned, lambda: frozen.model(ids))
+    # what does not depend on the number of tokens or layers drops out
+    a, b, c, d = (bytes_of(layers, rows)
+                  for layers in (2, 3) for rows in (2, 4))
+    parts = adapter_activations(RWKV7Config(64, 192), 4, dtype.itemsize)
+    assert (d - c) - (b - a) == 256 * sum(parts.values())
