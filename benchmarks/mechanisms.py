@@ -20,6 +20,9 @@ there with --plan.
     $M table
     $M train --tokens 10 --seeds 1                     # (42) more, if wanted
 
+`$M unpack` puts the runs of the committed table below --folder, to go on from
+them.
+
 The arms are those of nbs/13_comparison, all of one size; RWKV-7 with a tied
 head and without the norm after its embedding are left out, for time: the ladder
 has a rung for each. Every run is a file below --folder: a finished one is not
@@ -578,11 +581,15 @@ def test_lines(tests, more={}): # more: {heading: difference -> text}
           *(text(t) for text in more.values())] for name, t in tests.items()])
 
 
+def titled(title, lines): # nothing of nothing
+    return [f"## {title}", "", *lines] if lines else []
+
+
 def budget_lines(result, size):
     title = ("In the time that RWKV-7 takes for its smallest budget"
              if size == TIME else f"{size} million tokens")
-    return [f"## {title}", "", *arm_lines(result, size),
-            *test_lines(result["comparisons"][size])]
+    return titled(title, arm_lines(result, size)
+                  + test_lines(result["comparisons"][size]))
 
 
 def rate_lines(records, arms):
@@ -603,10 +610,11 @@ def answer_lines(result):
             k / n, *wilson(k, n))] for g in result["grade"]
             if g["size"] == size
             for k, n in [(g["right"].count("1"), len(g["right"]))]]
-        lines += [f"## Right answers, {size} million tokens", "",
-                  *table_lines(["arm", "seed", "familiar"], body),
-                  *test_lines(tests, {"p over problems, seed by seed": lambda t:
-                              ", ".join(f"{p:.2g}" for p in t["problems"])})]
+        lines += titled(
+            f"Right answers, {size} million tokens",
+            table_lines(["arm", "seed", "familiar"], body)
+            + test_lines(tests, {"p over problems, seed by seed": lambda t:
+                         ", ".join(f"{p:.2g}" for p in t["problems"])}))
     return lines
 
 
@@ -636,14 +644,14 @@ def to_markdown(result):
         "What is said of a mechanism follows the weaker one.", "",
         *(line for size in SEEDS for line in budget_lines(result, size)),
         *answer_lines(result),
-        "## Recall: share of right values, each seed", "",
-        *recall_lines(result), *test_lines(result["recall_tests"]),
-        "## Time", "", *table_lines(["arm", "tokens a core-second"], [
-            [arm, f"{v:,.0f}"] for arm, v in speed.items()]),
-        "## Rates: validation loss on solution tokens", "",
-        *rate_lines(result["rates"], ARMS),
-        "## Rates of recall: loss on rows of their own", "",
-        *rate_lines(result["recall_rates"], RECALL),
+        *titled("Recall: share of right values, each seed", recall_lines(
+            result) + test_lines(result["recall_tests"])),
+        *titled("Time", table_lines(["arm", "tokens a core-second"], [
+            [arm, f"{v:,.0f}"] for arm, v in speed.items()])),
+        *titled("Rates: validation loss on solution tokens",
+                rate_lines(result["rates"], ARMS)),
+        *titled("Rates of recall: loss on rows of their own",
+                rate_lines(result["recall_rates"], RECALL)),
         f"{result['minutes']} core-minutes on {'; '.join(result['machines'])}. "
         + "; ".join(f"`{c}`" for c in result["commands"]) + ".", ""])
 
@@ -661,19 +669,17 @@ def check_rates(args, result):
 
 
 def table(args):
-    stages = ("rates", "train", "grade", "recall_rates", "recall")
-    result = {stage: gathered(args, stage) for stage in stages}
-    if not result["train"]: raise SystemExit(
-        f"{args.folder} holds no results: `train` first")
+    result = {stage: gathered(args, stage) for stage in KEPT}
+    if not any(result.values()): raise SystemExit(
+        f"{args.folder} holds no results")
     check_rates(args, result)
     result["time"] = finished(args, "time", "time") or {}
-    records = [r for s in stages for r in result[s]] + [
+    records = [r for s in KEPT for r in result[s]] + [
         r for r in [result["time"]] if r]
     result |= dict(settings(args, "grade"), shrink=args.shrink,
-                   minutes=round(sum(r.pop("minutes") for r in records)),
-                   commands=sorted({r.pop("command") for r in records}),
-                   machines=sorted({r.pop("machine") for r in records}))
-    for r in records: del r["settings"] # the same in all
+                   minutes=round(sum(r["minutes"] for r in records)),
+                   commands=sorted({r["command"] for r in records}),
+                   machines=sorted({r["machine"] for r in records}))
     result |= dict(comparisons=comparisons(result), answers=answers(result),
                    recall_tests=recall_tests(result))
     result = json.loads(json.dumps(result))
@@ -681,8 +687,24 @@ def table(args):
     write_whole(args.out / "mechanisms.md", [to_markdown(result)])
 
 
+def unpack(args):
+    "What the committed table holds, as files below --folder."
+    result = json.loads((args.out / "mechanisms.json").read_text())
+    names = dict(rates=("arm", "rate"), recall_rates=("arm", "rate"),
+                 recall=("arm", "seed"))
+    found = [(stage, slug(*(r[key] for key in names.get(
+        stage, ("arm", "size", "seed")))), r)
+        for stage in KEPT for r in result[stage]]
+    if result["time"]: found.append(("time", "time", result["time"]))
+    for stage, name, record in found:
+        (args.folder / stage).mkdir(parents=True, exist_ok=True)
+        write_whole(args.folder / stage / f"{name}.json",
+                    [json.dumps(record, indent=1), "\n"])
+
+
+KEPT = "rates", "train", "grade", "recall_rates", "recall" # and time
 STAGES = dict(time=time, rates=rates, train=train, grade=grade, recall=recall,
-              table=table)
+              table=table, unpack=unpack)
 
 
 def chosen(names): # of --only
