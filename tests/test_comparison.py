@@ -1,4 +1,4 @@
-"benchmarks/mechanisms.py on arms of one narrow layer: kills, rates, tests."
+"The arms, and benchmarks/mechanisms.py on narrow ones: kills, rates, tests."
 import importlib.util
 import json
 import signal
@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.stats import ttest_rel
-from tiny_reason import comparison, pretrain
+from tiny_reason import comparison, pretrain, rwkv
+from tiny_reason.comparison import new_arm
+from tiny_reason.lib.decode import Batch
+from tiny_reason.pretrain import (as_function, make_optimizers, Plan,
+                                  train_step)
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "mechanisms.py"
 
@@ -259,3 +263,88 @@ def test_arms_of_recall_have_one_size_and_less_room_than_pairs(script):
     asked = targets >= 0
     assert asked.sum() == (script.ROW - 320) // 2
     assert [known[k] for k in ids[asked].tolist()] == targets[asked].tolist()
+
+
+# The arms themselves.
+
+@torch.no_grad()
+def stirred(arm):
+    "An arm whose trained weights are not at their start, on a seed."
+    model = new_arm(arm, 0).eval()
+    torch.manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad: p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("arm", ["+ shift", "+ norm"])
+def test_cache_neighbours_and_padding_change_nothing(arm):
+    model = stirred(arm)
+    ids = torch.randint(1152, (2, 48), generator=torch.manual_seed(0))
+    texts, seen = [ids[0].tolist(), ids[1, :30].tolist()], []
+    def look(scores): return seen.append(scores) or scores.argmax(-1)
+    with torch.inference_mode():
+        alone = [model(torch.tensor([t])).logits[0] for t in texts]
+        batch = Batch(model, [t[:20] for t in texts], 0)
+        for i in range(20, 30): # both in step, through the cache
+            batch.step(model, look)
+            batch.ids = torch.tensor([[t[i]] for t in texts])
+        Batch(model, texts, 0).step(model, look) # the second is padded
+    for i, scores in enumerate(seen[:-1]):
+        for row, whole in zip(scores, alone):
+            assert (row - whole[19 + i]).abs().max() < 1e-4
+    for row, whole in zip(seen[-1], alone):
+        assert (row - whole[-1]).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def attended(arm, before=True, first=0.0, look=None):
+    "What a layer of RWKV-7 gives; `look` sees what goes into its memory."
+    att = stirred(arm).model.blocks[1].att
+    x = torch.randn(1, 6, 192, generator=torch.manual_seed(2))
+    kept = rwkv.remember
+    def remember(r, w, k, v, taken, *rest):
+        if look is not None: look.update(decay=w.exp()[0], taken=taken[0])
+        return kept(r, w, k, v, taken, *rest)
+    rwkv.remember = remember
+    try: return att(x, rwkv.shifted(x) if before else x,
+                    torch.full_like(x, first))[0]
+    finally: rwkv.remember = kept
+
+
+@pytest.mark.parametrize("arm, change", [
+    ("rwkv - shift", dict(before=False)), ("rwkv - values", dict(first=1.0))])
+def test_what_is_taken_away_does_not_matter(arm, change):
+    assert torch.equal(attended(arm), attended(arm, **change))
+    assert (attended("rwkv") - attended("rwkv", **change)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("arm", ["rwkv", "rwkv - decay", "rwkv - delta"])
+def test_what_is_taken_away_of_the_memory(arm):
+    seen = {}
+    attended(arm, look=seen)
+    assert (seen["decay"].std(0).max() < 1e-6) == (arm == "rwkv - decay")
+    assert (seen["taken"].abs().max() == 0) == (arm == "rwkv - delta")
+
+
+def test_a_tied_head_and_a_norm_that_is_gone():
+    tied = new_arm("rwkv - head", 0)
+    assert tied.head.weight is tied.model.emb.weight
+    assert not hasattr(new_arm("rwkv - norm", 0).model.blocks[0], "ln0")
+
+
+@pytest.mark.parametrize("arm", ["+ norm", "rwkv - head", "rwkv - delta"])
+def test_every_trained_parameter_moves(arm):
+    plan = Plan(steps=3, batch=2, length=32, warmup=1)
+    model = new_arm(arm, 0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizers, text = make_optimizers(model, plan), torch.randint(
+        1152, (2, 33), generator=torch.manual_seed(0))
+    for _ in range(plan.steps): # outputs of zero pass nothing on at the first
+        train_step(as_function(model), [(text[:, :-1], text[:, 1:])])
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    still = {n.rpartition(".")[2] for n, p in model.named_parameters()
+             if torch.equal(p, before[n])}
+    assert still == ({"k_k"} if "delta" in arm else set())
