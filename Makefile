@@ -8,7 +8,8 @@ THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 
 # torch's profiler, which counts bytes for us, is chatty.
 export KINETO_LOG_LEVEL := 99
 
-.PHONY: help install run test exercises colab many lab demo distill notebooks student clean
+.PHONY: help install run test exercises colab many lab demo picture distill \
+  reinforce notebooks student fork clean
 
 help:
 	@echo "make run        the tour, on the bundled student: a table and a page"
@@ -18,10 +19,13 @@ help:
 	@echo "make many       tests with four processes and two nodes (half an hour)"
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make demo       the widget as a page of its own, on 127.0.0.1:8866"
+	@echo "make picture    of the demo, for the tour"
 	@echo "make distill    a teacher is trained and writes, the student learns from it"
+	@echo "make reinforce  a beginner learns from verdicts, and is asked before and after"
 	@echo "make install    only the environment (run and test make it too)"
 	@echo "make notebooks  run the notebooks, keep their outputs, render README"
 	@echo "make student    pre-train the student into _build/student (over an hour)"
+	@echo "make fork TO=owner/name   a home of your own, in every link"
 	@echo "make clean      remove the environment and everything built"
 
 install: .venv/installed
@@ -58,6 +62,10 @@ lab: install
 demo: install
 	$(BIN)/voila nbs/app/page.ipynb --Voila.ip=127.0.0.1 --port=8866
 
+# Of the demo, with the adapter that was trained last; Chromium is needed.
+picture: install
+	$(BIN)/python tests/picture.py outputs/student
+
 # The teacher learns from written solutions; the student only from the teacher.
 DISTILL := _build/distill
 distill: install
@@ -70,6 +78,19 @@ distill: install
 	  --data.source $(DISTILL)/traces.kept.jsonl
 	$(BIN)/tiny_reason evaluate --config $(DISTILL)/student/config.yaml
 
+# Forty steps on written solutions, then attempts and verdicts.
+REINFORCE := _build/verdicts
+reinforce: install
+	rm -rf $(REINFORCE)
+	$(BIN)/tiny_reason train --config student --max_steps 40 \
+	  --warmup_steps 10 --output_dir $(REINFORCE)/beginner
+	$(BIN)/tiny_reason reinforce --start $(REINFORCE)/beginner \
+	  --output_dir $(REINFORCE)/after
+	$(BIN)/tiny_reason evaluate --config $(REINFORCE)/beginner/config.yaml
+	$(BIN)/tiny_reason evaluate --config $(REINFORCE)/after/config.yaml
+	$(BIN)/tiny_reason evaluate --compare $(REINFORCE)/after/tuned-think.jsonl \
+	  $(REINFORCE)/beginner/tuned-think.jsonl
+
 notebooks: install
 	$(BIN)/python run_index.py $(filter-out nbs/app/page.ipynb,$(wildcard nbs/*.ipynb nbs/lib/*.ipynb nbs/app/*.ipynb)) index.ipynb
 	$(BIN)/nbdev_clean --fname .
@@ -77,6 +98,9 @@ notebooks: install
 
 student: install
 	$(BIN)/python -c "from tiny_reason.pretrain import pretrain_student as p; p('_build/student')"
+
+fork:
+	$(PYTHON) tests/fork.py $(TO)
 
 clean:
 	rm -rf .venv _build build dist outputs *.egg-info

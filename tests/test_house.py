@@ -77,7 +77,11 @@ def test_the_tour_leads_to_every_lesson():
 def test_a_link_between_pages_leads_somewhere(page):
     text = (ROOT / page).read_text()
     if page.endswith(".ipynb"):
-        text = "".join("".join(c["source"]) for c in json.loads(text)["cells"]
-                       if c["cell_type"] == "markdown")
-    for link in re.findall(r"\]\(((?!https?:|#|mailto:)[^)\s#]+)", text):
+        cells = [c for c in json.loads(text)["cells"]
+                 if c["cell_type"] == "markdown"]
+        text = "".join("".join(c["source"]) for c in cells)
+        assert ({*re.findall(r"\]\(attachment:([^)]+)", text)}
+                == {name for c in cells for name in c.get("attachments", {})})
+    elsewhere = "https?:|#|mailto:|attachment:"
+    for link in re.findall(rf"\]\(((?!{elsewhere})[^)\s#]+)", text):
         assert ((ROOT / page).parent / link).exists(), link

@@ -13,7 +13,8 @@ from .app.flags import parse, UsageError
 
 # %% ../nbs/app/cli.ipynb #fddf60dd
 RUN = dict(info=fit.run_info, train=fit.run_train,
-           pretrain=fit.run_pretrain, evaluate=ask.run_evaluate,
+           pretrain=fit.run_pretrain, reinforce=fit.run_reinforce,
+           evaluate=ask.run_evaluate,
            distill=ask.run_distill, bench=ask.run_bench, chat=ask.run_chat)
 EXPECTED = (ValueError, OSError, ArithmeticError, MemoryError, ImportError)
 

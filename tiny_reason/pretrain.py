@@ -365,7 +365,11 @@ def pretrain(model, tokenizer, documents, # iterable of lists of ids
     device = next(model.parameters()).device
     batches = step_batches(data, plan, state.done, device)
     steps = take_steps(state, as_function(model, compiled), batches, plan)
-    with memory_said(plan, out):
+    with memory_said(f"{plan.batch} rows of {plan.length} tokens", "Halve the "
+                     "rows and double the accumulation (--batch_size, "
+                     "--gradient_accumulation_steps: the same step), shorten "
+                     "the rows (--row_length), or run layers twice (--training."
+                     "gradient_checkpointing true)", out):
         follow(state, steps, plan.steps, partial(save_model, model, tokenizer),
                save_every, held_out and partial(held_out_loss, model, held_out))
     with staged(out) as folder:

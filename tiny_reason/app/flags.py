@@ -143,6 +143,31 @@ COMMANDS = {
         "--concurrency": dict(type=PositiveInt, default=8, help=
                               "questions at a time to a server"),
         "--max_new_tokens": LENGTH | dict(default=512)}),
+    "reinforce": ("learn from verdicts on attempts, without solutions", {
+        "--start": dict(type=str, help="folder of the adapter to go on from; "
+                        "default: a new one on model.name"),
+        "--prompts": dict(type=PositiveInt, default=32, help=
+                          "problems a step"),
+        "--num_generations": dict(type=PositiveInt, default=8, help=
+                                  "attempts at each of them"),
+        "--temperature": dict(type=PositiveFloat, default=1.0, help=
+                              "of the attempts"),
+        "--max_new_tokens": LENGTH | dict(default=200),
+        "--advantage": dict(type=Literal["reinforce", "baseline", "rloo",
+                                         "grpo", "dr_grpo"],
+                            default="dr_grpo", help="what an attempt was "
+                            "better than (nbs/07_reinforce)"),
+        "--loss_type": dict(type=Literal["reinforce", "grpo", "dapo",
+                                         "dr_grpo"], default="dapo",
+                            help="what each token counts"),
+        "--num_iterations": dict(type=PositiveInt, default=1, help=
+                                 "steps on the same attempts"),
+        "--beta": dict(type=NonNegativeFloat, default=0.0, help=
+                       "penalty for leaving the start"),
+        "--resume": dict(action="store_true",
+                         help="go on from the last whole checkpoint"),
+        "--overwrite": dict(action="store_true",
+                            help="replace what an earlier run left")}),
     "bench": ("compare any number of models on any number of tasks", {
         "--models": dict(type=str, nargs="+", metavar="MODEL", help=
                          "presets, folders (model, RWKV-7, adapter) or hub "
@@ -285,7 +310,7 @@ def parse(argv:list[str]): # -> (command, settings with the five sections)
     parser = command_parser(name)
     parser.prog = f"tiny_reason {name}"
     chosen = read_flags(parser, rest)["config"] or (
-        name if name == "pretrain" else default_config())
+        name if name in ("pretrain", "reinforce") else default_config())
     path = find_config(chosen)
     try: read_flags(parser, config_flags(path))
     except UsageError as e: raise UsageError(f"{path}: {e}") from None

@@ -462,6 +462,7 @@ COURSE = { # lesson: (part, what one can do afterwards, lessons before it)
     "05_memory": ("II", "predict every byte", ("01_model",)),
     "06_distill": ("II", "choose whose reasoning to learn from",
                    ("02_train",)),
+    "07_reinforce": ("II", "learn from a verdict alone", ("06_distill",)),
     "09_transformer": ("III", "build the student's architecture",
                        ("00_data",)),
     "10_rwkv": ("III", "build a memory that does not grow",

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['START', 'SETTINGS', 'TRACE', 'torn', 'read_lines', 'row_of', 'read_records', 'read_traces', 'alone', 'append', 'mend',
-           'trace_file', 'record_file', 'part_of', 'parts_of', 'merge_records', 'merge_traces']
+           'trace_file', 'record_file', 'read_rollouts', 'rollout_file', 'part_of', 'parts_of', 'merge_records',
+           'merge_traces']
 
 # %% ../../nbs/lib/journal.ipynb #d6e6ec28
 import json, os
@@ -134,6 +135,21 @@ def record_file(path:str|Path|None, # None: nothing is held, nothing written
                 if key(h) in known}
         write_whole(path, [json.dumps(r) + "\n" for r in kept.values()])
         yield kept, partial(append, path)
+
+# %% ../../nbs/lib/journal.ipynb #a7000002
+def read_rollouts(path:str|Path)->list[dict]: # without a torn last line
+    "What `reinforce` wrote. `ValueError` names a line that is no rollout."
+    return read_lines(path, partial(row_of, fields=("step", "reward"),
+                                    what="a rollout of `reinforce`"), True)
+
+@contextmanager
+def rollout_file(path:Path, steps:int): # yields `write`
+    "Rollouts of one run; those of its first `steps` stay."
+    with alone(path, "rollouts"):
+        kept = [r for r in read_rollouts(path) if r["step"] <= steps
+                ] if steps else []
+        write_whole(path, [json.dumps(r) + "\n" for r in kept])
+        yield partial(append, path)
 
 # %% ../../nbs/lib/journal.ipynb #70c98067
 def part_of(path:Path, number:int, n:int)->Path: # where a process writes

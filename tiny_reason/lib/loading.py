@@ -263,6 +263,7 @@ def load_tuned(adapter_path, # folder of a saved adapter
                four_bit:bool=True, # the base's projections in NF4
                device=None, # the GPU if there is one, else the CPU
                base:str=None, # refuse any other base; default: as recorded
+               trainable:bool=False, # whether the adapter wants gradients
                ): # (PeftModel, tokenizer)
     "Load an adapter on the base that its adapter_config.json names."
     folder = Path(adapter_path).expanduser()
@@ -281,7 +282,7 @@ def load_tuned(adapter_path, # folder of a saved adapter
     model, tokenizer = load_base(wanted, four_bit, device, revision=on_hub)
     check_adapter(folder, model, wanted)
     tuned = with_adapters(PeftModel.from_pretrained, model, folder,
-                          is_trainable=False)
+                          is_trainable=trainable)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = check_vocabulary(model, load_tokenizer(folder), folder)
     return tuned, tokenizer

@@ -148,37 +148,39 @@ def check_step(state:State, loss:float, step:int, rate:float)->None:
         f"it. Lower the learning rate; the last checkpoint: {kept}")
 
 @contextmanager
-def memory_said(plan, out): # plan: has `batch` and `length`
+def memory_said(tried:str, cuts:str, out): # what was at once, what to cut
     "Turn torch's errors for a lack of memory into a sentence of what to cut."
     try: yield
     except RuntimeError as error: # of a GPU, and of a CPU
         if not (isinstance(error, torch.OutOfMemoryError)
                 or "can't allocate memory" in str(error)): raise
         raise MemoryError(
-            f"memory ran out with {plan.batch} rows of {plan.length} tokens at "
-            "once. Halve the rows and double the accumulation (--batch_size, "
-            "--gradient_accumulation_steps: the same step), shorten the rows "
-            "(--row_length), or run layers twice (--training."
-            "gradient_checkpointing true). The last checkpoint: "
+            f"memory ran out with {tried} at once. {cuts}. The last checkpoint: "
             f"{last_checkpoint(out) or 'none was written yet'}") from None
 
-def follow(state:State, steps, # iterator of (step, loss), each one taken
+def follow(state:State, steps, # iterator of (step, loss) or (step, loss,
+                               # more for the log), each one taken
            total:int, # steps of the run
            save, # folder -> None, writes the model
            save_every:int, # steps
-           validate=None)->None: # () -> nats a token, asked before saving
-    "Take the steps; log every twentieth; save, also on Ctrl-C or SIGTERM."
+           validate=None, # () -> nats a token, asked before saving
+           log_every:int=20, # steps
+           what:str="pre-training")->None: # in front of the bar
+    "Take the steps; log some of them; save, also on Ctrl-C or SIGTERM."
     before = state.log[-1]["seconds"] if state.log else 0
     start = time.time() - before
     with stop_on_signal() as asked, progress_bar(
-            total, initial=state.done, desc="pre-training", unit="step") as bar:
-        for step, loss in steps:
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            total, initial=state.done, desc=what, unit="step") as bar:
+        for step, loss, *more in steps:
+            said = more[0] if more else dict(loss=round(loss, 4))
+            bar.set_postfix(refresh=False, **{
+                k: f"{v:.3f}" if isinstance(v, float) else v
+                for k, v in said.items()})
             bar.update()
             due = asked.signal or not step % save_every or step == total
-            if due or step % 20 == 0:
-                state.log.append(dict(step=step, loss=round(loss, 4),
-                                      seconds=round(time.time() - start, 1)))
+            if due or step % log_every == 0:
+                state.log.append(dict(step=step, loss=round(loss, 4)) | said
+                                 | dict(seconds=round(time.time() - start, 1)))
             if due and validate:
                 state.log[-1]["held_out"] = round(validate(), 4)
             if due: save_checkpoint(state, save)
